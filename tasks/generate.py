@@ -1,0 +1,312 @@
+"""A local stand-in for D4RL's antmaze data: many ants walk the maze, their steps become a D4RL HDF5 file.
+
+D4RL made its antmaze data with a waypoint planner over the maze and a trained ant controller. This does
+the same with the 50-constant controller of walker.py, for where D4RL's files cannot be had. It is another
+data set, not a copy: scores on it must be quoted for it.
+
+How the data are made
+    Planner   breadth-first search over the maze's cells gives, for each target cell, the next cell from
+              everywhere; the ant walks to that cell's centre, moved a little once per trajectory so that
+              paths differ.
+    Goal      each trajectory has one goal, drawn in the goal cell as D4RL draws it. The walker does not
+              know where in the cell it is: heading for "the goal" is walking to fresh draws of a goal.
+              The observation holds no goal, so a walker that knew it would show actions that no policy of
+              the observation can choose, and would make every way through the goal cell look like the
+              right one.
+    Targets   on arrival the ant draws a new target: with probability `wander` any free cell, else the
+              goal cell. After touching its goal it always leaves for another cell, or hovering there
+              would fill the data with terminals.
+    Start     umaze: the robot's cell, as in the task itself. All others: any free cell (D4RL's
+              "multistart").
+    Diverse   the targets are any cells at all (D4RL's "multigoal"); rewards remain those of the task's
+              own goal.
+    End       at the task's episode limit, by timeout and never by success, as in D4RL; much sooner once
+              an ant lies on its back or is stuck.
+Data semantics
+    rewards[i] = 1 and terminals[i] = True when the state *after* actions[i] is within 0.5 of the goal, as
+    the task's own step has it; so (s_i, a_i, r_i, s_{i+1}, done_i) is a transition of the evaluation's
+    environment. timeouts[i] marks a trajectory's last step, whose next state is not stored.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import h5py
+import mujoco
+import numpy as np
+from tqdm import tqdm
+
+from .antmaze import CELL, MAZES, AntBatch, AntMaze, at_goal, cell_xy, free_cells, sample_goals
+from .task import TaskError
+from .walker import walk
+
+RECIPE_VERSION = 1  # raise it whenever the same seed would give other data: part of the cached file's name
+MAX_ANTS = 512  # enough to hide numpy's overhead behind the physics
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What makes the data suboptimal and diverse, so that cloning them is not enough."""
+
+    # σ of a trajectory's action noise ~ U. At 0.5 the walker still arrives in 95 % of tries, a third slower.
+    noise: tuple[float, float] = (0.1, 0.5)
+    # Chance a step of walking U{5..40} steps in a random direction: shows what lies off the planner's path.
+    burst_rate: float = 1 / 80
+    burst_steps: tuple[int, int] = (5, 40)
+    # Share of targets that are any cell. A clone wanders as much; a Q-function sees which moves pay. At 0.6
+    # the umaze data have 1.9 % terminals, at 0.75 1.4 %, nearer D4RL's 1 %.
+    wander: float = 0.75
+    # U(±) metres per axis: spreads the paths over the corridors, which leave an ant a metre on each side.
+    waypoint_jitter: float = 0.7
+    # Steps on the back or within a circle of 1 m before a trajectory ends: some dead ants, since a policy
+    # meets such states too, but not the hundreds of steps that a fall would otherwise last.
+    patience: int = 60
+
+
+class Planner:
+    """Shortest paths over one maze's cells, which are numbered row by row."""
+
+    def __init__(self, maze: str):
+        rows = MAZES[maze]
+        self.shape = (len(rows), len(rows[0]))
+        self.origin = np.array(cell_xy(maze, 0, 0))
+        self.free = np.array([self.number(row, col) for row, col in free_cells(maze)])
+        self.goal_cell = self.number(*next((r, row.index("G")) for r, row in enumerate(rows) if "G" in row))
+        self.centers = np.array([cell_xy(maze, row, col) for row, col in np.ndindex(self.shape)])
+        self.next_cell = np.stack([self._search(cell) for cell in range(len(self.centers))])
+
+    def number(self, row: int, col: int) -> int:
+        return int(row) * self.shape[1] + int(col)
+
+    def cell(self, xy: np.ndarray) -> np.ndarray:
+        """Cell numbers (n,) of positions (n, 2). Walls are centred on cells, hence the rounding."""
+        col, row = np.rint((xy - self.origin) / CELL).astype(int).T
+        return np.clip(row, 0, self.shape[0] - 1) * self.shape[1] + np.clip(col, 0, self.shape[1] - 1)
+
+    def _search(self, target: int) -> np.ndarray:
+        """The next cell (cells,) on the way to target from each; a wall's is a free neighbour, if any."""
+        following = np.arange(len(self.centers))
+        found, frontier = {target}, [target]
+        while frontier:
+            cell = frontier.pop(0)
+            for neighbour in self._neighbours(cell):
+                if neighbour not in found:
+                    found.add(neighbour)
+                    following[neighbour] = cell
+                    if neighbour in self.free:
+                        frontier.append(neighbour)
+        return following
+
+    def _neighbours(self, cell: int) -> list[int]:
+        row, col = divmod(cell, self.shape[1])
+        around = [(row, col - 1), (row, col + 1), (row - 1, col), (row + 1, col)]
+        return [self.number(r, c) for r, c in around if 0 <= r < self.shape[0] and 0 <= c < self.shape[1]]
+
+
+class Herd:
+    """What n walking ants have in mind: targets, waypoints, noise and moods. The physics is AntBatch's."""
+
+    def __init__(self, task: AntMaze, n: int, rng: np.random.Generator, recipe: Recipe):
+        self.task, self.rng, self.recipe, self.planner = task, rng, recipe, Planner(task.maze)
+        self.goals, self.targets = np.zeros((n, 2)), np.zeros((n, 2))
+        self.waypoints = np.zeros((n, *self.planner.centers.shape))
+        self.noise = np.zeros((n, 1))
+        self.burst_left, self.burst_direction = np.zeros(n, int), np.zeros((n, 2))
+        self.anchor, self.idle = np.zeros((n, 2)), np.zeros(n, int)
+
+    def begin(self, who: np.ndarray) -> np.ndarray:
+        """Start new trajectories for the ants who (k,), by index; returns their starting places (k, 2)."""
+        rng, recipe, planner = self.rng, self.recipe, self.planner
+        self.goals[who] = sample_goals(self.task.maze, len(who), rng)
+        jitter = recipe.waypoint_jitter * rng.uniform(-1, 1, (len(who), *planner.centers.shape))
+        self.waypoints[who] = planner.centers + jitter
+        self.noise[who] = rng.uniform(*recipe.noise, (len(who), 1))
+        self.burst_left[who], self.idle[who] = 0, 0
+        self.aim(who)
+        starts = planner.centers[rng.choice(planner.free, len(who))]
+        starts = starts if multistart(self.task) else np.zeros((len(who), 2))
+        self.anchor[who] = starts
+        return starts
+
+    def aim(self, who: np.ndarray, leave: bool = False) -> None:
+        """New targets for the ants who (k,); with leave, none of them in the goal cell."""
+        planner, rng = self.planner, self.rng
+        choices = planner.free[planner.free != planner.goal_cell] if leave else planner.free
+        cells = rng.choice(choices, len(who))
+        to_goal = cells == planner.goal_cell
+        if not (leave or self.task.diverse):
+            to_goal |= rng.random(len(who)) >= self.recipe.wander
+        goals = sample_goals(self.task.maze, len(who), rng)
+        self.targets[who] = np.where(to_goal[:, None], goals, self.waypoints[who, cells])
+
+    def actions(self, qpos: np.ndarray, qvel: np.ndarray) -> np.ndarray:
+        """Noisy actions (n, 8) of the ants at qpos (n, 15), qvel (n, 14)."""
+        planner, xy = self.planner, qpos[:, :2]
+        here, target_cell = planner.cell(xy), planner.cell(self.targets)
+        step = planner.next_cell[target_cell, here]
+        waypoint = self.waypoints[np.arange(len(xy)), step]
+        heading = np.where((step == target_cell)[:, None], self.targets, waypoint) - xy
+        heading /= np.linalg.norm(heading, axis=1, keepdims=True) + 1e-8
+        heading = np.where(self._bursts()[:, None], self.burst_direction, heading)
+        noisy = walk(qpos, qvel, heading) + self.noise * self.rng.standard_normal((len(xy), 8))
+        return np.clip(noisy, -1, 1)
+
+    def _bursts(self) -> np.ndarray:
+        """Which ants (n,) now go in a random direction instead of along their path."""
+        rng, n = self.rng, len(self.burst_left)
+        start = (self.burst_left == 0) & (rng.random(n) < self.recipe.burst_rate)
+        angle = rng.uniform(-np.pi, np.pi, n)
+        length = rng.integers(*self.recipe.burst_steps, n, endpoint=True)
+        self.burst_left = np.where(start, length, np.maximum(self.burst_left - 1, 0))
+        self.burst_direction[start] = np.stack([np.cos(angle), np.sin(angle)], axis=1)[start]
+        return self.burst_left > 0
+
+    def arrive(self, qpos: np.ndarray, touched: np.ndarray) -> np.ndarray:
+        """Give new targets to those who arrived or touched their goal (n,); returns who gave up (n,)."""
+        xy = qpos[:, :2]
+        self.aim(np.flatnonzero(touched), leave=True)
+        arrived = at_goal(xy, self.targets)
+        self.aim(np.flatnonzero(arrived & ~touched))
+        upright = 1 - 2 * (qpos[:, 4] ** 2 + qpos[:, 5] ** 2) > 0  # the height of the torso's own z axis
+        moved = np.linalg.norm(xy - self.anchor, axis=1) > 1
+        self.anchor[moved] = xy[moved]
+        self.idle = np.where(moved & upright, 0, self.idle + 1)
+        return self.idle >= self.recipe.patience
+
+
+def multistart(task: AntMaze) -> bool:
+    """Whether D4RL's data of this task start anywhere in the maze: all but umaze-v0 do."""
+    return task.diverse or task.maze != "umaze"
+
+
+def generate(
+    task: AntMaze,
+    path: str | Path,
+    *,
+    n_transitions: int = 1_000_000,
+    seed: int = 0,
+    n_threads: int | None = None,
+    log: Callable[[str], None] = print,
+) -> None:
+    """Make n_transitions of data for an antmaze task and write them to path as a D4RL HDF5 file, atomically.
+
+    The data depend on task, n_transitions and seed only, not on n_threads (default: all cores). Keys,
+    each with n_transitions rows: observations (29), actions (8), rewards, infos/goal (2), infos/qpos (15)
+    and infos/qvel (14) in float32, terminals and timeouts in bool. Attributes: the recipe, its version,
+    the seed, and the statistics that are also logged. Raises TaskError for a bad n_transitions or when
+    path cannot be written.
+    """
+    path = Path(path)
+    if n_transitions < 2:
+        raise TaskError(f"n_transitions is {n_transitions}: a data set needs at least 2 transitions")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()  # a folder that cannot be written is noticed now, not after minutes of work
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    try:
+        log(f"generating {n_transitions} transitions for {task.name}, seed {seed}, recipe {RECIPE_VERSION}")
+        data = simulate(task, n_transitions, seed, Recipe(), n_threads)
+        facts = statistics(data)
+        log("generated data: " + ", ".join(f"{name} {value:.7g}" for name, value in facts.items()))
+        _write(temporary, data, dict(task=task.name, seed=seed, recipe_version=RECIPE_VERSION) | facts)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write(path: Path, data: dict[str, np.ndarray], facts: dict) -> None:
+    """Not compressed: gzip would save an eighth of these floats and make reading seven times slower."""
+    versions = {"mujoco_version": mujoco.__version__, "numpy_version": np.__version__}
+    with h5py.File(path, "w") as file:
+        for key, array in data.items():
+            file[key] = array
+        file.attrs.update(facts | asdict(Recipe()) | versions)
+
+
+def _cannot_write(path: Path, error: OSError) -> TaskError:
+    return TaskError(f"cannot write generated data to {path} ({error}); free the disk or take another folder")
+
+
+def simulate(
+    task: AntMaze, n_transitions: int, seed: int, recipe: Recipe, n_threads: int | None = None
+) -> dict[str, np.ndarray]:
+    """The arrays of the HDF5 file by key. Every ant walks equally many steps, its trajectories end to end."""
+    n = min(MAX_ANTS, -(-n_transitions // task.episode_limit))
+    n_steps = -(-n_transitions // n)
+    rng = np.random.default_rng(seed)
+    herd = Herd(task, n, rng, recipe)
+    widths = {"observations": 29, "actions": 8, "infos/goal": 2}
+    data = {key: np.zeros((n, n_steps, width), np.float32) for key, width in widths.items()}
+    data |= {"terminals": np.zeros((n, n_steps), bool), "timeouts": np.zeros((n, n_steps), bool)}
+    age = np.zeros(n, int)
+    progress = tqdm(total=n * n_steps, unit=" transitions", disable=None)  # none where nobody watches
+    with AntBatch(task.maze, n, n_threads) as ants, progress:
+        begin(herd, ants, np.arange(n))
+        for t in range(n_steps):
+            data["observations"][:, t], data["infos/goal"][:, t] = ants.observations, herd.goals
+            data["actions"][:, t] = herd.actions(ants.qpos, ants.qvel)
+            ants.step(data["actions"][:, t])
+            # In float32, as the next observation will be stored: a reader can check rewards to the last bit.
+            touched = at_goal(ants.qpos[:, :2].astype(np.float32), data["infos/goal"][:, t])
+            gave_up = herd.arrive(ants.qpos, touched)
+            age += 1
+            over = gave_up | (age >= task.episode_limit) | (t == n_steps - 1)
+            data["terminals"][:, t], data["timeouts"][:, t] = touched, over
+            begin(herd, ants, np.flatnonzero(over))
+            age[over] = 0
+            progress.update(n)
+    data = {key: array.reshape(-1, *array.shape[2:])[:n_transitions] for key, array in data.items()}
+    data["timeouts"][-1] = True
+    data["rewards"] = data["terminals"].astype(np.float32)
+    data["infos/qpos"], data["infos/qvel"] = data["observations"][:, :15], data["observations"][:, 15:]
+    return data
+
+
+def begin(herd: Herd, ants: AntBatch, who: np.ndarray) -> None:
+    """Put the ants with the indices who (k,) at the start of new trajectories."""
+    ants.reset(who, herd.rng)
+    ants.qpos[who, :2] += herd.begin(who)
+
+
+def statistics(data: dict[str, np.ndarray]) -> dict[str, float]:
+    """What a data set holds, in numbers. A trajectory's return sums the rewards of all its visits."""
+    ends = np.flatnonzero(data["timeouts"])
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    lengths = ends - starts + 1
+    returns = np.add.reduceat(data["rewards"], starts)
+    hits = np.flatnonzero(data["terminals"])
+    episodes = np.searchsorted(ends, hits)
+    reached, first = np.unique(episodes, return_index=True)
+    steps_to_goal = hits[first] - starts[reached] + 1
+    return {
+        "transitions": len(data["rewards"]),
+        "episodes": len(ends),
+        "success": len(reached) / len(ends),  # share of trajectories that touch their goal
+        "mean_return": float(returns.mean()),
+        "terminal_share": float(data["terminals"].mean()),
+        "mean_length": float(lengths.mean()),
+        "median_steps_to_goal": float(np.median(steps_to_goal)) if len(reached) else float("nan"),
+    }
+
+
+def cached(
+    task: AntMaze, *, n_transitions: int = 1_000_000, seed: int = 0, log: Callable[[str], None] = print
+) -> Path:
+    """The generated file of this task, size, seed and recipe in the cache folder; made when not there."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusion-ql"
+    path = folder / f"{task.name}-seed{seed}-{n_transitions}-r{RECIPE_VERSION}.hdf5"
+    if path.exists():
+        try:
+            with h5py.File(path) as file:
+                log(f"using {path}, generated earlier, with success {file.attrs['success']:.3g}")
+            return path
+        except (OSError, KeyError) as error:
+            log(f"cannot open {path} ({error}); generating it again")
+    generate(task, path, n_transitions=n_transitions, seed=seed, log=log)
+    return path
