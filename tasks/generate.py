@@ -13,15 +13,12 @@ How the data are made
               The observation holds no goal, so a walker that knew it would show actions that no policy of
               the observation can choose, and would make every way through the goal cell look like the
               right one.
-    Targets   on arrival the ant draws a new target: with probability `wander` any free cell, else the
-              goal cell. After touching its goal it always leaves for another cell, or hovering there
-              would fill the data with terminals.
+    Targets   on arrival the ant draws a new target: with probability `wander` any free cell, else the goal cell.
     Start     umaze: the robot's cell, as in the task itself. All others: any free cell (D4RL's
               "multistart").
-    Diverse   the targets are any cells at all (D4RL's "multigoal"); rewards remain those of the task's
-              own goal.
-    End       at the task's episode limit, by timeout and never by success, as in D4RL; much sooner once
-              an ant lies on its back or is stuck.
+    Diverse   nearly all targets are any cell (D4RL's "multigoal"); rewards remain those of the task's own goal.
+    End       a few steps after touching the goal, or hovering there would fill the data with terminals; at the task's
+              episode limit; or soon after an ant has fallen on its back or is stuck. Always by timeout, as in D4RL.
 Data semantics
     rewards[i] = 1 and terminals[i] = True when the state *after* actions[i] is within 0.5 of the goal, as
     the task's own step has it; so (s_i, a_i, r_i, s_{i+1}, done_i) is a transition of the evaluation's
@@ -50,16 +47,16 @@ MAX_ANTS = 512  # enough to hide numpy's overhead behind the physics
 class Recipe:
     """What makes the data suboptimal and diverse, so that cloning them is not enough."""
 
-    # σ of a trajectory's action noise ~ U. At 0.5 the walker still arrives in 95 % of tries, a third slower.
-    noise: tuple[float, float] = (0.1, 0.5)
-    # Chance a step of walking U{5..40} steps in a random direction: shows what lies off the planner's path.
-    burst_rate: float = 1 / 80
-    burst_steps: tuple[int, int] = (5, 40)
-    # Share of targets that are any cell. A clone wanders as much; a Q-function sees which moves pay. At 0.6
-    # the umaze data have 1.9 % terminals, at 0.75 1.4 %, nearer D4RL's 1 %.
-    wander: float = 0.75
+    # σ of a trajectory's action noise ~ U: no two trajectories are equally good at walking.
+    noise: tuple[float, float] = (0.1, 0.3)
+    # Share of targets that are any cell instead of the goal's, drawn anew on each arrival. A clone wanders as much;
+    # a Q-function sees which moves pay.
+    wander: float = 0.5
+    wander_diverse: float = 0.85
     # U(±) metres per axis: spreads the paths over the corridors, which leave an ant a metre on each side.
     waypoint_jitter: float = 0.7
+    # Steps a trajectory goes on after touching its goal; each is a terminal as long as it stays within 0.5 m.
+    linger: int = 2
     # Steps on the back or within a circle of 1 m before a trajectory ends: some dead ants, since a policy
     # meets such states too, but not the hundreds of steps that a fall would otherwise last.
     patience: int = 60
@@ -113,8 +110,8 @@ class Herd:
         self.goals, self.targets = np.zeros((n, 2)), np.zeros((n, 2))
         self.waypoints = np.zeros((n, *self.planner.centers.shape))
         self.noise = np.zeros((n, 1))
-        self.burst_left, self.burst_direction = np.zeros(n, int), np.zeros((n, 2))
         self.anchor, self.idle = np.zeros((n, 2)), np.zeros(n, int)
+        self.touched, self.lingered = np.zeros(n, bool), np.zeros(n, int)
 
     def begin(self, who: np.ndarray) -> np.ndarray:
         """Start new trajectories for the ants who (k,), by index; returns their starting places (k, 2)."""
@@ -123,21 +120,19 @@ class Herd:
         jitter = recipe.waypoint_jitter * rng.uniform(-1, 1, (len(who), *planner.centers.shape))
         self.waypoints[who] = planner.centers + jitter
         self.noise[who] = rng.uniform(*recipe.noise, (len(who), 1))
-        self.burst_left[who], self.idle[who] = 0, 0
+        self.idle[who], self.touched[who], self.lingered[who] = 0, False, 0
         self.aim(who)
         starts = planner.centers[rng.choice(planner.free, len(who))]
         starts = starts if multistart(self.task) else np.zeros((len(who), 2))
         self.anchor[who] = starts
         return starts
 
-    def aim(self, who: np.ndarray, leave: bool = False) -> None:
-        """New targets for the ants who (k,); with leave, none of them in the goal cell."""
+    def aim(self, who: np.ndarray) -> None:
+        """New targets for the ants who (k,)."""
         planner, rng = self.planner, self.rng
-        choices = planner.free[planner.free != planner.goal_cell] if leave else planner.free
-        cells = rng.choice(choices, len(who))
-        to_goal = cells == planner.goal_cell
-        if not (leave or self.task.diverse):
-            to_goal |= rng.random(len(who)) >= self.recipe.wander
+        cells = rng.choice(planner.free, len(who))
+        wander = self.recipe.wander_diverse if self.task.diverse else self.recipe.wander
+        to_goal = (cells == planner.goal_cell) | (rng.random(len(who)) >= wander)
         goals = sample_goals(self.task.maze, len(who), rng)
         self.targets[who] = np.where(to_goal[:, None], goals, self.waypoints[who, cells])
 
@@ -149,31 +144,20 @@ class Herd:
         waypoint = self.waypoints[np.arange(len(xy)), step]
         heading = np.where((step == target_cell)[:, None], self.targets, waypoint) - xy
         heading /= np.linalg.norm(heading, axis=1, keepdims=True) + 1e-8
-        heading = np.where(self._bursts()[:, None], self.burst_direction, heading)
         noisy = walk(qpos, qvel, heading) + self.noise * self.rng.standard_normal((len(xy), 8))
         return np.clip(noisy, -1, 1)
 
-    def _bursts(self) -> np.ndarray:
-        """Which ants (n,) now go in a random direction instead of along their path."""
-        rng, n = self.rng, len(self.burst_left)
-        start = (self.burst_left == 0) & (rng.random(n) < self.recipe.burst_rate)
-        angle = rng.uniform(-np.pi, np.pi, n)
-        length = rng.integers(*self.recipe.burst_steps, n, endpoint=True)
-        self.burst_left = np.where(start, length, np.maximum(self.burst_left - 1, 0))
-        self.burst_direction[start] = np.stack([np.cos(angle), np.sin(angle)], axis=1)[start]
-        return self.burst_left > 0
-
     def arrive(self, qpos: np.ndarray, touched: np.ndarray) -> np.ndarray:
-        """Give new targets to those who arrived or touched their goal (n,); returns who gave up (n,)."""
+        """Note who touched their goal (n,), give new targets to those who arrived; returns whose trajectory is over (n,)."""
         xy = qpos[:, :2]
-        self.aim(np.flatnonzero(touched), leave=True)
-        arrived = at_goal(xy, self.targets)
-        self.aim(np.flatnonzero(arrived & ~touched))
+        self.touched |= touched
+        self.lingered += self.touched
+        self.aim(np.flatnonzero(at_goal(xy, self.targets)))
         upright = 1 - 2 * (qpos[:, 4] ** 2 + qpos[:, 5] ** 2) > 0  # the height of the torso's own z axis
         moved = np.linalg.norm(xy - self.anchor, axis=1) > 1
         self.anchor[moved] = xy[moved]
         self.idle = np.where(moved & upright, 0, self.idle + 1)
-        return self.idle >= self.recipe.patience
+        return (self.idle >= self.recipe.patience) | (self.lingered > self.recipe.linger)
 
 
 def multistart(task: AntMaze) -> bool:

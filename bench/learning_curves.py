@@ -1,0 +1,141 @@
+"""Behaviour cloning against Diffusion-QL: learning curves over several seeds, trained with dql.py's own command line.
+
+    python -m bench.learning_curves                     # antmaze-umaze-v0, quick recipe, seeds 0 1 2: a few hours of CPU
+    python -m bench.learning_curves --jobs 2 --threads 1
+
+Each run is the command `python dql.py --env ENV --data DATA --algo ALGO --seed SEED --quick`, in runs/learning_curves. A run
+that is there is not made again, one that was interrupted is resumed. Writes bench/results/learning_curves.json and .png.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+from bench import machine
+from run_folder import RunFolder, save_json, written_whole
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+COLOURS = {"bc": "tab:orange", "ql": "tab:blue"}
+NAMES = {"bc": "behaviour cloning (--algo bc)", "ql": "Diffusion-QL (--algo ql)"}
+
+
+def find_run(out: Path, options: dict) -> Path | None:
+    """The newest run folder below out that was made with these options."""
+    for config in sorted(out.glob("*/config.json"), reverse=True):
+        saved = json.loads(config.read_text())["config"]
+        if all(saved[k] == v for k, v in options.items()):
+            return config.parent
+    return None
+
+
+def make_run(options: dict, out: Path, threads: int) -> Path:
+    """Train with these options, or finish what an earlier call began. -> the run's folder"""
+    before = find_run(out, options)
+    command = [sys.executable, "dql.py", "--threads", str(threads)]
+    if before is not None:
+        command += ["--resume", str(before)]
+    else:
+        command += ["--out", str(out)]
+        for name, value in options.items():
+            command += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    print(f"{time.strftime('%H:%M:%S')} {' '.join(command[1:])}", flush=True)
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed: {done.stderr.strip().splitlines()[-1]}")
+    return before or find_run(out, options)
+
+
+def collect(run: Path) -> dict:
+    """What the figure and the table need of a run."""
+    folder = RunFolder(run)
+    saved = folder.config()
+    folder.records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    evaluations = folder.evaluations()
+    updates = [r["updates_per_second"] for r in folder.records if r["kind"] == "epoch"]
+    return {
+        "algo": saved["config"]["algo"],
+        "seed": saved["config"]["seed"],
+        "data": saved["data"],
+        "config": saved["config"],
+        "versions": saved["versions"],
+        "updates_per_second_median": float(np.median(updates)),
+        "evaluations": [{k: e[k] for k in ("step", "score", "bc_loss", "mean_length", "seconds")} for e in evaluations],
+        "selection": json.loads((run / "selection.json").read_text()),
+    }
+
+
+def summarise(runs: list[dict]) -> dict:
+    """Per algorithm: the mean and spread (standard deviation over seeds) of the last and of the best score."""
+    summary = {}
+    for algo in sorted({r["algo"] for r in runs}):
+        of_algo = [r for r in runs if r["algo"] == algo]
+        summary[algo] = {"seeds": [r["seed"] for r in of_algo]}
+        for rule in ("last", "best", "offline", "offline_released"):
+            scores = [r["selection"][rule]["score"] for r in of_algo]
+            spread = float(np.std(scores, ddof=1)) if len(scores) > 1 else None
+            summary[algo][rule] = {"scores": scores, "mean": float(np.mean(scores)), "std": spread}
+    return summary
+
+
+def draw(runs: list[dict], folders: list[Path], env: str, path: Path) -> None:
+    """Left, the paths of the first seed's last evaluation for each algorithm; right, the scores of all seeds."""
+    algos = sorted({r["algo"] for r in runs})
+    figure = Figure(figsize=(4.2 * len(algos) + 6, 4.8), layout="constrained")
+    *pictures, axes = figure.subplots(1, len(algos) + 1, width_ratios=[1] * len(algos) + [1.4])
+    for picture, algo in zip(pictures, algos):
+        run, folder = next((r, f) for r, f in zip(runs, folders) if r["algo"] == algo)
+        picture.imshow(imread(folder / f"paths_{run['evaluations'][-1]['step']:08d}.png"))
+        picture.set_title(NAMES[algo], fontsize=10)
+        picture.axis("off")
+    for algo in algos:
+        curves = [r["evaluations"] for r in runs if r["algo"] == algo]
+        steps = [e["step"] for e in curves[0]]
+        scores = np.array([[e["score"] for e in curve] for curve in curves])
+        for curve in scores:
+            axes.plot(steps, curve, color=COLOURS[algo], alpha=0.3, linewidth=1)
+        axes.plot(steps, scores.mean(axis=0), "o-", color=COLOURS[algo], label=f"{NAMES[algo]}, mean of {len(scores)} seeds")
+    axes.set(xlabel="updates", ylabel="normalised score (% of goals reached)", ylim=(-2, 102))
+    axes.set_title(f"{env}, quick recipe\n{runs[0]['data']['label']}", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=9)
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--env", default="antmaze-umaze-v0")
+    parser.add_argument("--data", default="generated", help="as dql.py's --data")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--algos", nargs="+", choices=("bc", "ql"), default=["ql", "bc"])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads of each run; 0: all cores")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "learning_curves")
+    arguments = parser.parse_args()
+
+    wanted = [
+        {"env": arguments.env, "data": arguments.data, "algo": algo, "seed": seed, "quick": True}
+        for algo in arguments.algos
+        for seed in arguments.seeds
+    ]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        folders = list(pool.map(lambda options: make_run(options, arguments.out, arguments.threads), wanted))
+    runs = [collect(folder) for folder in folders]
+    summary = summarise(runs)
+    save_json(RESULTS / "learning_curves.json", {**machine.describe(), "summary": summary, "runs": runs})
+    draw(runs, folders, arguments.env, RESULTS / "learning_curves.png")
+    for algo, rules in summary.items():
+        print(algo, {rule: f"{rules[rule]['mean']:.1f} ± {rules[rule]['std'] or 0:.1f}" for rule in rules if rule != "seeds"})
+
+
+if __name__ == "__main__":
+    main()

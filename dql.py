@@ -1,0 +1,979 @@
+"""Diffusion-QL (Wang, Hunt, Zhou, ICLR 2023, arXiv 2208.06193) in one file that reads like the paper.
+
+A diffusion model is the policy; a learned Q pulls it uphill through the whole reverse chain:
+
+    L(θ) = L_bc(θ) - η · E[Q(s, a⁰)],   a⁰ ~ π_θ(·|s) sampled in T denoising steps            (paper, eq. 2-4)
+
+    python dql.py --env antmaze-umaze-v0                # the paper's recipe for the task
+    python dql.py --env antmaze-umaze-v0 --quick        # a recipe for a laptop: 20k updates, higher, decaying rate
+    python dql.py --eval runs/NAME --render ant.gif     # evaluate a finished run and film it
+
+The algorithm (everything above "The run") needs torch and numpy alone: copy this file and call
+`DiffusionQL(...).update(batch)` and `.act(state)`.
+
+Where the paper and the authors' released code differ, the released code made the published scores and is followed.
+Where this file differs from the released code, a comment says "Differs". In short: offline model selection uses the
+rank the paper describes (the released index is reported beside it), learning-rate decay is per epoch when asked for,
+and every evaluation episode draws its own maze goal. The arithmetic of an update is the same, to rounding.
+"""
+
+import argparse
+import copy
+import math
+import platform
+import sys
+import time
+import zlib
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Config: every field is also a command-line option; the recipe of the chosen task supplies the defaults
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class UserError(RuntimeError):
+    """Bad input. The message is one line: what is wrong and what to do about it."""
+
+
+@dataclass
+class Config:
+    env: str = "antmaze-umaze-v0"  # D4RL task name; an unknown one lists the nearest
+    algo: str = "ql"  # ql: Diffusion-QL; bc: behaviour cloning with the same diffusion policy
+    data: str = "auto"  # auto: D4RL's file, else download, else generate; or d4rl, generated, or the path of an HDF5 file
+    seed: int = 0  # of everything: initial weights, minibatches, noise, evaluation
+    quick: bool = False  # a laptop's recipe: 20 epochs at a rate of 1e-3 that decays to 0, tau 0.02, 50 episodes an evaluation
+    out: str = "runs"  # folder that gets one folder per run
+    device: str = "auto"  # auto: cuda when there is one; or cpu, cuda, cuda:1, ...
+    threads: int = 0  # CPU threads for torch and MuJoCo; 0: all cores
+    compile: bool = False  # torch.compile the losses: faster updates after about a minute of compiling
+
+    epochs: int = 1000  # of updates_per_epoch updates each
+    updates_per_epoch: int = 1000  # the paper calls 1000 gradient steps an epoch
+    eval_every: int = 50  # epochs between evaluations
+    eval_episodes: int = 100  # 100 for sparse rewards, 10 for locomotion, as the authors
+    batch_size: int = 256  # transitions per update, uniform with replacement
+
+    n_timesteps: int = 5  # T, denoising steps; 5 keeps what 50 gives (paper, appendix)
+    schedule: str = "vp"  # noise schedule: vp, linear or cosine
+    hidden_dim: int = 256  # width of the three hidden layers of policy and critics
+    eta: float = 1.0  # η, weight of the Q term against behaviour cloning
+    max_q_backup: bool = False  # target: the best of 10 sampled actions instead of one (CQL's max-Q backup)
+    reward_tune: str = "none"  # none, cql, normalize, iql_antmaze, antmaze or iql_locomotion
+    lr: float = 3e-4  # Adam's rate for the policy
+    critic_lr: float = 3e-4  # Adam's rate for the critics
+    lr_decay: str = "none"  # none; cosine: to 0 over the run, per epoch; released: the same cosine, stepped per evaluation
+    grad_norm: float = 1.0  # global norm to which each gradient is clipped; 0: not clipped
+    discount: float = 0.99  # γ
+    tau: float = 0.005  # rate of the target critics
+    ema_decay: float = 0.995  # of the policy used for targets
+    ema_start: int = 1000  # updates before the averaging begins
+    ema_every: int = 5  # updates between averaging steps
+
+    n_candidates: int = 50  # actions sampled per state when acting; one is picked by softmax of Q
+    top_k: int = 1  # offline selection takes the evaluation whose BC loss has this rank (0: the smallest)
+
+    resume: str = ""  # folder of an interrupted run to continue, bit for bit
+    eval: str = ""  # folder of a run to evaluate instead of training
+    which: str = "last"  # with --eval: last, best, offline or offline_released
+    episodes: int = 0  # with --eval: episodes to run; 0: eval_episodes
+    render: str = ""  # with --eval: a .gif to film one episode into
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recipes: the paper's table of hyperparameters (gn: gradient clip; top_k: rank for offline selection)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Recipe(NamedTuple):
+    eta: float
+    max_q_backup: bool
+    reward_tune: str
+    epochs: int
+    grad_norm: float
+    top_k: int
+    lr: float = 3e-4
+
+
+RECIPES = {
+    "halfcheetah-medium-v2": Recipe(1.0, False, "none", 2000, 9.0, 1),
+    "hopper-medium-v2": Recipe(1.0, False, "none", 2000, 9.0, 2),
+    "walker2d-medium-v2": Recipe(1.0, False, "none", 2000, 1.0, 1),
+    "halfcheetah-medium-replay-v2": Recipe(1.0, False, "none", 2000, 2.0, 0),
+    "hopper-medium-replay-v2": Recipe(1.0, False, "none", 2000, 4.0, 2),
+    "walker2d-medium-replay-v2": Recipe(1.0, False, "none", 2000, 4.0, 1),
+    "halfcheetah-medium-expert-v2": Recipe(1.0, False, "none", 2000, 7.0, 0),
+    "hopper-medium-expert-v2": Recipe(1.0, False, "none", 2000, 5.0, 2),
+    "walker2d-medium-expert-v2": Recipe(1.0, False, "none", 2000, 5.0, 1),
+    "antmaze-umaze-v0": Recipe(0.5, False, "cql", 1000, 2.0, 2),
+    "antmaze-umaze-diverse-v0": Recipe(2.0, True, "cql", 1000, 3.0, 2),
+    "antmaze-medium-play-v0": Recipe(2.0, True, "cql", 1000, 2.0, 1, lr=1e-3),
+    "antmaze-medium-diverse-v0": Recipe(3.0, True, "cql", 1000, 1.0, 1),
+    "antmaze-large-play-v0": Recipe(4.5, True, "cql", 1000, 10.0, 2),
+    "antmaze-large-diverse-v0": Recipe(3.5, True, "cql", 1000, 7.0, 1),
+    "pen-human-v1": Recipe(0.15, False, "normalize", 1000, 7.0, 2, lr=3e-5),
+    "pen-cloned-v1": Recipe(0.1, False, "normalize", 1000, 8.0, 2, lr=3e-5),
+    "kitchen-complete-v0": Recipe(0.005, False, "none", 250, 9.0, 2),
+    "kitchen-partial-v0": Recipe(0.005, False, "none", 1000, 10.0, 2),
+    "kitchen-mixed-v0": Recipe(0.005, False, "none", 1000, 10.0, 0),
+}
+
+
+def recipe_config(env: str, quick: bool = False) -> Config:
+    """The paper's recipe for a task (the Config's own defaults for a task it does not have), or the quick one."""
+    config = Config(env=env, quick=quick)
+    if env in RECIPES:
+        config = replace(config, **RECIPES[env]._asdict())
+    if "v2" in env:
+        config = replace(config, eval_episodes=10)
+    if quick:
+        # In 20k updates the paper's τ = 0.005 carries a reward 100 Bellman steps back; the maze is 160 steps long.
+        config = replace(config, epochs=20, eval_every=5, eval_episodes=50, lr=1e-3, critic_lr=1e-3, tau=0.02, lr_decay="cosine")
+    return config
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Noise schedule
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def beta_schedule(name: str, n_timesteps: int) -> torch.Tensor:
+    """β_1..β_T of the forward process, (T,) float32, computed in float64. name: "vp" (paper, sec. 3), "linear", "cosine".
+
+    Raises ValueError for an unknown name or n_timesteps < 1.
+    """
+    return _betas(name, n_timesteps).float()
+
+
+def _betas(name: str, n_timesteps: int) -> torch.Tensor:
+    if n_timesteps < 1:
+        raise ValueError(f"n_timesteps must be at least 1, not {n_timesteps}")
+    T = n_timesteps
+    if name == "vp":
+        t, b_min, b_max = torch.arange(1, T + 1, dtype=torch.float64), 0.1, 10.0
+        return 1 - torch.exp(-b_min / T - 0.5 * (b_max - b_min) * (2 * t - 1) / T**2)
+    if name == "linear":
+        return torch.linspace(1e-4, 2e-2, T, dtype=torch.float64)
+    if name == "cosine":
+        u, s = torch.linspace(0, T + 1, T + 1, dtype=torch.float64), 0.008
+        alpha_bar = torch.cos((u / (T + 1) + s) / (1 + s) * math.pi / 2) ** 2
+        return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(0, 0.999)
+    raise ValueError(f"unknown noise schedule {name!r}; known: vp, linear, cosine")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The policy: a conditional denoising diffusion model over actions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _OneExpMish(torch.autograd.Function):
+    """mish(x) = x·tanh(softplus(x)) = x·w with w = k/(k+2), k = e(e+2), e = exp(x): one exponential where ATen takes three.
+
+    Two fifths of a CPU update was mish and its backward. Beyond x = 30, w is 1 in float32 and float64's squares still fit.
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        e = x.clamp(max=30.0).exp_()
+        k = torch.addcmul(2 * e, e, e)
+        w = k.div_(k + 2)
+        ctx.save_for_backward(x, e, w)
+        return x * w
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, e, w = ctx.saved_tensors
+        s = e.div(e + 1).mul_(x)  # mish' = w + x·sigmoid(x)·(1 - w²)
+        return s.addcmul_(s, w * w, value=-1).add_(w).mul_(grad)
+
+
+class Mish(nn.Module):
+    def forward(self, x):
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return F.mish(x)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _OneExpMish.apply(x)
+        e = x.clamp(max=30.0).exp_()
+        k = torch.addcmul(2 * e, e, e)
+        return k.div_(k + 2).mul_(x)
+
+
+class SinusoidalEmbedding(nn.Module):
+    """t -> [sin(t·f_k), cos(t·f_k)], f_k = 10000^(-k/(dim/2-1)). (B,) -> (B, dim)"""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        half = dim // 2
+        self.register_buffer("freq", torch.exp(torch.arange(half) * -(math.log(10000) / (half - 1))), persistent=False)
+
+    def forward(self, t):
+        angle = t[:, None] * self.freq
+        return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+class DiffusionPolicy(nn.Module):
+    """π_θ(a|s): actions are the end of a reverse diffusion chain a_T -> ... -> a_0 conditioned on the state.
+
+    Parameter names are those of the released checkpoints. Raises ValueError for an unknown schedule or n_timesteps < 1.
+    """
+
+    TIME_DIM = 16
+
+    def __init__(self, state_dim, action_dim, *, hidden_dim=256, n_timesteps=5, schedule="vp", max_action=1.0):
+        super().__init__()
+        self.state_dim, self.action_dim, self.max_action = state_dim, action_dim, max_action
+        self.n_timesteps, self.schedule = n_timesteps, schedule
+        d, h = self.TIME_DIM, hidden_dim
+        self.time_mlp = nn.Sequential(SinusoidalEmbedding(d), nn.Linear(d, 2 * d), Mish(), nn.Linear(2 * d, d))
+        self.mid_layer = nn.Sequential(
+            nn.Linear(action_dim + d + state_dim, h), Mish(), nn.Linear(h, h), Mish(), nn.Linear(h, h), Mish()
+        )
+        self.final_layer = nn.Linear(h, action_dim)
+
+        beta = _betas(schedule, n_timesteps)
+        alpha_bar = torch.cumprod(1 - beta, 0)
+        alpha_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+        variance = beta * (1 - alpha_bar_prev) / (1 - alpha_bar)
+        self.register_buffer("sqrt_alpha_bar", alpha_bar.sqrt().float(), persistent=False)
+        self.register_buffer("sqrt_one_minus_alpha_bar", (1 - alpha_bar).sqrt().float(), persistent=False)
+        # The chain's coefficients are Python numbers: t is the same for a whole batch, so nothing has to be gathered.
+        self.x0_from_x = (1 / alpha_bar).sqrt().tolist()  # x̂_0 = √(1/ᾱ)·a_t - √(1/ᾱ-1)·ε̂
+        self.x0_from_eps = (1 / alpha_bar - 1).sqrt().tolist()
+        self.mean_from_x0 = (beta * alpha_bar_prev.sqrt() / (1 - alpha_bar)).tolist()  # posterior q(a_{t-1}|a_t, x̂_0)
+        self.mean_from_x = ((1 - alpha_bar_prev) * (1 - beta).sqrt() / (1 - alpha_bar)).tolist()
+        self.sigma = variance.clamp(min=1e-20).sqrt().tolist()
+
+    def _condition(self, state, n_rows):
+        """What of the first layer does not change along the chain: the state's share (n_rows, H) and that of each t (T, H).
+
+        The first layer is linear in [a, time, s], so both are computed once per chain instead of once per step.
+        """
+        first = self.mid_layer[0]
+        w_action, w_time, w_state = first.weight.split([self.action_dim, self.TIME_DIM, self.state_dim], dim=1)
+        time_share = F.linear(self.time_mlp(torch.arange(self.n_timesteps, device=state.device)), w_time, first.bias)
+        state_share = F.linear(state, w_state)
+        if n_rows != len(state):
+            state_share = state_share.repeat_interleave(n_rows // len(state), 0)
+        return w_action.t(), time_share, state_share
+
+    def _noise(self, x, t, condition):
+        w_action, time_share, state_share = condition
+        h = torch.addmm(state_share + time_share[t], x, w_action)
+        for layer in self.mid_layer[1:]:
+            h = layer(h)
+        return self.final_layer(h)
+
+    def predict_noise(self, x, t, state):
+        """ε_θ(a_t, t, s): x (B,A), t (B,) int64 in 0..T-1, state (B,S) -> (B,A)."""
+        return self._noise(x, t, self._condition(state, len(x)))
+
+    def bc_loss(self, state, action, *, t=None, noise=None):
+        """Behaviour cloning, eq. 1: E‖ε - ε_θ(√ᾱ_t·a + √(1-ᾱ_t)·ε, t, s)‖², mean over batch and action dimensions. -> ()
+
+        state (B,S), action (B,A); t (B,) int64 ~ U{0..T-1} and noise (B,A) ~ N(0,1) are drawn where not given.
+        """
+        if t is None:
+            t = torch.randint(self.n_timesteps, (len(action),), device=action.device)
+        if noise is None:
+            noise = torch.randn_like(action)
+        x_t = self.sqrt_alpha_bar[t, None] * action + self.sqrt_one_minus_alpha_bar[t, None] * noise
+        return F.mse_loss(self.predict_noise(x_t, t, state), noise)
+
+    def sample(self, state, *, x_T=None, noises=None):
+        """The reverse chain: state (B,S) -> actions (n·B, A) within ±max_action, differentiable through all T steps.
+
+        x_T (n·B, A) is the starting noise, row b·n+j belonging to state b (n = 1 where it is drawn here); noises (T, n·B, A):
+        noises[k] is used at iteration k, timestep T-1-k; the last is ignored, since the last step adds none.
+        """
+        if x_T is None:
+            x_T = torch.randn(len(state), self.action_dim, device=state.device, dtype=state.dtype)
+        if noises is None:
+            noises = torch.randn(self.n_timesteps, *x_T.shape, device=state.device, dtype=state.dtype)
+        condition = self._condition(state, len(x_T))
+        x, m = x_T, self.max_action
+        for k, t in enumerate(reversed(range(self.n_timesteps))):
+            epsilon = self._noise(x, t, condition)
+            x0 = torch.sub(x * self.x0_from_x[t], epsilon, alpha=self.x0_from_eps[t]).clamp(-m, m)
+            x = torch.add(x0 * self.mean_from_x0[t], x, alpha=self.mean_from_x[t])
+            if t > 0:
+                x = torch.add(x, noises[k], alpha=self.sigma[t])
+        return x.clamp(-m, m)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The critic
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class TwinCritic(nn.Module):
+    """Two independent Q(s, a), each three hidden layers of Mish. Parameter names are those of the released checkpoints."""
+
+    def __init__(self, state_dim, action_dim, *, hidden_dim=256):
+        super().__init__()
+        self.state_dim, self.action_dim = state_dim, action_dim
+
+        def q_model():
+            d, h = state_dim + action_dim, hidden_dim
+            hidden = [nn.Linear(d, h), Mish(), nn.Linear(h, h), Mish(), nn.Linear(h, h), Mish()]
+            return nn.Sequential(*hidden, nn.Linear(h, 1))
+
+        self.q1_model, self.q2_model = q_model(), q_model()
+
+    def forward(self, state, action):
+        """state (B,S), action (n·B, A), row b·n+j belonging to state b -> q1, q2, each (n·B, 1)."""
+        if len(action) != len(state):
+            state = state.repeat_interleave(len(action) // len(state), 0)
+        x = torch.cat([state, action], dim=1)
+        return self.q1_model(x), self.q2_model(x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Diffusion-QL
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    state: torch.Tensor  # (B,S)
+    action: torch.Tensor  # (B,A)
+    next_state: torch.Tensor  # (B,S)
+    reward: torch.Tensor  # (B,1)
+    not_done: torch.Tensor  # (B,1), 0 where the episode ended
+
+
+@dataclass
+class UpdateNoise:
+    """All the randomness of one update; with max-Q backup n = 10 target rows belong to each state, b·n+j to state b."""
+
+    target_x_T: torch.Tensor | None  # (n·B, A)
+    target_noises: torch.Tensor | None  # (T, n·B, A)
+    t: torch.Tensor  # (B,) int64
+    bc_noise: torch.Tensor  # (B, A)
+    actor_x_T: torch.Tensor | None  # (B, A)
+    actor_noises: torch.Tensor | None  # (T, B, A)
+    coin: torch.Tensor | None  # (): above 0.5, Q1 is climbed and Q2 normalises; else the other way round
+
+
+def flatten_parameters(module: nn.Module) -> nn.Parameter:
+    """Move a module's parameters into one vector, of which they become views: clipping, Adam and EMA then are one pass."""
+    parameters = list(module.parameters())
+    flat = torch.cat([p.detach().reshape(-1) for p in parameters])
+    for p, view in zip(parameters, flat.split([p.numel() for p in parameters])):
+        p.data = view.view_as(p)
+    return nn.Parameter(flat, requires_grad=parameters[0].requires_grad)
+
+
+class DiffusionQL:
+    """The agent: a diffusion policy, its moving average, twin critics and their targets (paper, algorithm 1).
+
+    algo "bc" trains and acts with the policy alone. lr_decay_every > 0 multiplies both rates by
+    ½(1 + cos(π·(step // lr_decay_every) / lr_decay_steps)), stopping at 0. All random numbers come from `generator`, or from the
+    caller. Nothing in an update waits for the device.
+    """
+
+    MAX_Q_SAMPLES = 10
+    CPU_ROWS = 512  # rows whose activations stay in a core's cache; larger sampling batches are cut into such pieces
+
+    def __init__(
+        self,
+        state_dim,
+        action_dim,
+        *,
+        max_action=1.0,
+        device="cpu",
+        algo="ql",
+        discount=0.99,
+        tau=0.005,
+        eta=1.0,
+        lr=3e-4,
+        critic_lr=3e-4,
+        lr_decay_every=0,
+        lr_decay_steps=1,
+        grad_norm=1.0,
+        max_q_backup=False,
+        n_timesteps=5,
+        schedule="vp",
+        ema_decay=0.995,
+        ema_start=1000,
+        ema_every=5,
+        hidden_dim=256,
+        seed=0,
+    ):
+        if algo not in ("ql", "bc"):
+            raise ValueError(f"unknown algo {algo!r}; known: ql, bc")
+        self.device, self.algo = torch.device(device), algo
+        self.discount, self.tau, self.eta, self.grad_norm = discount, tau, eta, grad_norm
+        self.lr, self.critic_lr, self.lr_decay_every, self.lr_decay_steps = lr, critic_lr, lr_decay_every, lr_decay_steps
+        self.ema_decay, self.ema_start, self.ema_every = ema_decay, ema_start, ema_every
+        self.n_target_samples = self.MAX_Q_SAMPLES if max_q_backup else 1
+
+        with torch.random.fork_rng(devices=[]):  # the weights are drawn on the CPU, so they are the same on any device
+            torch.manual_seed(seed)
+            self.policy = DiffusionPolicy(
+                state_dim, action_dim, hidden_dim=hidden_dim, n_timesteps=n_timesteps, schedule=schedule, max_action=max_action
+            ).to(self.device)
+            self.critic = TwinCritic(state_dim, action_dim, hidden_dim=hidden_dim).to(self.device)
+        self.policy_ema = copy.deepcopy(self.policy).requires_grad_(False)
+        self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
+
+        self.policy_vector, self.policy_ema_vector = map(flatten_parameters, (self.policy, self.policy_ema))
+        self.critic_vector, self.critic_target_vector = map(flatten_parameters, (self.critic, self.critic_target))
+        self.policy_optimizer = self._adam(self.policy_vector, lr)
+        self.critic_optimizer = self._adam(self.critic_vector, critic_lr)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.step = torch.zeros((), dtype=torch.int64, device=self.device)
+
+    def _adam(self, vector, lr):
+        # On a GPU rate and step count live there, so that an update can be captured in a CUDA graph.
+        on_gpu = self.device.type == "cuda"
+        rate = torch.tensor(lr, device=self.device) if on_gpu else lr
+        return torch.optim.Adam([vector], lr=rate, fused=True, capturable=on_gpu)
+
+    def compile(self):
+        """torch.compile the target and the two losses."""
+        self._target = torch.compile(self._target)
+        self._critic_loss = torch.compile(self._critic_loss)
+        self._actor_losses = torch.compile(self._actor_losses)
+
+    def draw_noise(self, batch_size: int) -> UpdateNoise:
+        """The randomness of one update, the normals in a single call."""
+        T, A, B, n = self.policy.n_timesteps, self.policy.action_dim, batch_size, self.n_target_samples
+        t = torch.randint(T, (B,), generator=self.generator, device=self.device)
+        if self.algo == "bc":
+            return UpdateNoise(None, None, t, self._randn(B, A), None, None, None)
+        coin = torch.rand((), generator=self.generator, device=self.device)
+        bc, actor, target = self._randn(B + (T + 1) * (B + n * B), A).split([B, (T + 1) * B, (T + 1) * n * B])
+        actor, target = actor.view(T + 1, B, A), target.view(T + 1, n * B, A)
+        return UpdateNoise(target[0], target[1:], t, bc, actor[0], actor[1:], coin)
+
+    def _randn(self, *shape, generator=None):
+        return torch.randn(*shape, generator=generator or self.generator, device=self.device)
+
+    def update(self, batch, noise: UpdateNoise | None = None) -> dict:
+        """One update of everything on a batch (Batch, or its five tensors in that order). -> dict of 0-d tensors, no host sync.
+
+        noise hands in all the randomness, so that two implementations can be compared to rounding.
+        """
+        batch = Batch(*batch)
+        noise = self.draw_noise(len(batch.state)) if noise is None else noise
+        self._decay_rates()
+        metrics = {}
+        if self.algo == "ql":
+            # Critic: one step on the squared Bellman error against targets by the averaged policy.
+            target = self._target(batch, noise)
+            critic_loss = self._critic_loss(batch, target)
+            metrics["critic_loss"] = critic_loss.detach()
+            metrics["critic_grad_norm"] = self._descend(critic_loss, self.critic, self.critic_vector, self.critic_optimizer)
+        # Policy: one step on behaviour cloning + η·(-Q), the Q being the one just updated.
+        bc_loss, q_loss = self._actor_losses(batch, noise)
+        actor_loss = bc_loss + self.eta * q_loss
+        metrics["bc_loss"], metrics["q_loss"], metrics["actor_loss"] = bc_loss.detach(), q_loss.detach(), actor_loss.detach()
+        metrics["actor_grad_norm"] = self._descend(actor_loss, self.policy, self.policy_vector, self.policy_optimizer)
+        self._average()
+        self.step += 1
+        return metrics
+
+    @torch.no_grad()
+    def _target(self, batch, noise):
+        """y = r + γ·(1-done)·min_i Q'_i(s', a'), a' from the averaged policy; with max-Q each Q'_i is its best over 10 a'."""
+        _, q1, q2 = self._propose(self.policy_ema, batch.next_state, noise.target_x_T, noise.target_noises)
+        q = torch.min(q1.amax(dim=1, keepdim=True), q2.amax(dim=1, keepdim=True))
+        return batch.reward + self.discount * batch.not_done * q
+
+    def _critic_loss(self, batch, target):
+        q1, q2 = self.critic(batch.state, batch.action)
+        return F.mse_loss(q1, target) + F.mse_loss(q2, target)
+
+    def _actor_losses(self, batch, noise):
+        bc_loss = self.policy.bc_loss(batch.state, batch.action, t=noise.t, noise=noise.bc_noise)
+        if self.algo == "bc":
+            return bc_loss, torch.zeros_like(bc_loss)
+        action = self.policy.sample(batch.state, x_T=noise.actor_x_T, noises=noise.actor_noises)
+        q1, q2 = self.critic(batch.state, action)
+        # L_q = -mean Q_i / mean|Q_j|: i and j exchange roles by a coin, so that neither critic is preferred.
+        heads = noise.coin > 0.5
+        climbed, scale = torch.where(heads, q1, q2), torch.where(heads, q2, q1)
+        return bc_loss, -climbed.mean() / scale.detach().abs().mean()
+
+    def _descend(self, loss, module, vector, optimizer):
+        """One clipped Adam step on loss; returns the gradient's norm before clipping."""
+        # Only this module's gradients are asked for: the critics get none from the actor's pass.
+        vector.grad = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, list(module.parameters()))])
+        norm = torch.linalg.vector_norm(vector.grad)
+        if self.grad_norm > 0:
+            vector.grad.mul_((self.grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        optimizer.step()
+        return norm
+
+    @torch.no_grad()
+    def _average(self):
+        """Target critics every update; the averaged policy every ema_every-th once ema_start is reached."""
+        due = (self.step % self.ema_every == 0) & (self.step >= self.ema_start)
+        self.policy_ema_vector.lerp_(self.policy_vector, (1 - self.ema_decay) * due)
+        if self.algo == "ql":
+            self.critic_target_vector.lerp_(self.critic_vector, self.tau)
+
+    def _decay_rates(self):
+        if self.lr_decay_every == 0:
+            return
+        progress = (self.step // self.lr_decay_every / self.lr_decay_steps).clamp(max=1.0)
+        share = 0.5 * (1 + torch.cos(math.pi * progress))
+        for optimizer, lr in ((self.policy_optimizer, self.lr), (self.critic_optimizer, self.critic_lr)):
+            group = optimizer.param_groups[0]
+            if self.device.type == "cuda":
+                group["lr"].copy_(lr * share)
+            else:
+                group["lr"] = lr * float(share)
+
+    def _propose(self, policy, state, x_T, noises):
+        """Sample n = len(x_T)/B actions per state and value them with both target critics. -> (B,n,A), (B,n), (B,n)"""
+        B, n = len(state), len(x_T) // len(state)
+        size = max(1, self.CPU_ROWS // n) if self.device.type == "cpu" else B
+        pieces = []
+        for i in range(0, B, size):
+            s, rows = state[i : i + size], slice(i * n, (i + size) * n)
+            action = policy.sample(s, x_T=x_T[rows], noises=noises[:, rows])
+            pieces.append((action, *self.critic_target(s, action)))
+        action, q1, q2 = (torch.cat(p) for p in zip(*pieces))
+        return action.view(B, n, -1), q1.view(B, n), q2.view(B, n)
+
+    @torch.no_grad()
+    def act(self, state, n_candidates=50, *, generator=None):
+        """Actions for evaluation: n_candidates per state from the current policy, one picked by softmax of min(Q1', Q2').
+
+        state (S,) or (N,S), numpy or torch -> (A,) or (N,A) of the same kind. With algo "bc" it is one plain sample.
+        """
+        states = torch.as_tensor(state, dtype=torch.float32, device=self.device)
+        single, states = states.ndim == 1, states.view(-1, self.policy.state_dim)
+        N, n = len(states), 1 if self.algo == "bc" else n_candidates
+        noise = self._randn(self.policy.n_timesteps + 1, N * n, self.policy.action_dim, generator=generator)
+        if n == 1:
+            action = self.policy.sample(states, x_T=noise[0], noises=noise[1:])
+        else:
+            actions, q1, q2 = self._propose(self.policy, states, noise[0], noise[1:])
+            pick = torch.multinomial(torch.softmax(torch.min(q1, q2), dim=1), 1, generator=generator or self.generator)
+            action = actions[torch.arange(N, device=self.device), pick[:, 0]]
+        action = action[0] if single else action
+        return action.to(state.device) if torch.is_tensor(state) else action.cpu().numpy()
+
+    def networks(self) -> dict:
+        return {name: getattr(self, name) for name in ("policy", "policy_ema", "critic", "critic_target")}
+
+    def state_dict(self) -> dict:
+        """Name -> tensor, everything an exact resume needs: weights, Adam's moments, step count, generator."""
+        state = {f"{m}.{k}": v for m, module in self.networks().items() for k, v in module.state_dict().items()}
+        for name, optimizer in (("policy", self.policy_optimizer), ("critic", self.critic_optimizer)):
+            for moment, v in optimizer.state[optimizer.param_groups[0]["params"][0]].items():
+                state[f"{name}_optimizer.{moment}"] = v
+        state["step"], state["generator"] = self.step, self.generator.get_state()
+        return state
+
+    def load_state_dict(self, state: dict, *, weights_only=False):
+        """Restore what state_dict() gave; weights_only: just the networks, for acting. Raises KeyError or RuntimeError on a
+        missing name or a wrong shape."""
+        for m, module in self.networks().items():
+            module.load_state_dict({k[len(m) + 1 :]: v for k, v in state.items() if k.startswith(m + ".")})
+        if weights_only:
+            return
+        for name, optimizer in (("policy", self.policy_optimizer), ("critic", self.critic_optimizer)):
+            prefix = f"{name}_optimizer."
+            moments = {k[len(prefix) :]: v.clone() for k, v in state.items() if k.startswith(prefix)}
+            optimizer.state[optimizer.param_groups[0]["params"][0]] = moments
+        self.step.copy_(state["step"])
+        self.generator.set_state(state["generator"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Transitions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def tune_rewards(rewards, how, *, terminals=None, observations=None, next_observations=None):
+    """The paper's reward transformations (N,) -> (N,) float32. Raises ValueError for an unknown name."""
+    if how == "none":
+        return rewards
+    if how == "cql":
+        return (rewards - 0.5) * 4
+    if how == "normalize":
+        return (rewards - rewards.mean()) / rewards.std()
+    if how == "iql_antmaze":
+        return rewards - 1
+    if how == "antmaze":
+        return (rewards - 0.25) * 2
+    if how == "iql_locomotion":
+        # A trajectory ends where the next row does not continue it.
+        ends = terminals.copy()
+        ends[:-1] |= np.abs(observations[1:] - next_observations[:-1]).max(axis=1) > 1e-6
+        starts = np.concatenate([[0], np.flatnonzero(ends[:-1]) + 1])
+        returns = np.add.reduceat(rewards.astype(np.float64), starts)
+        return (rewards / (returns.max() - returns.min()) * 1000).astype(np.float32)
+    raise ValueError(f"unknown reward_tune {how!r}; known: none, cql, normalize, iql_antmaze, antmaze, iql_locomotion")
+
+
+class Transitions:
+    """A data set on the device, sampled uniformly with replacement."""
+
+    def __init__(self, state, action, next_state, reward, terminal, device="cpu"):
+        """numpy arrays (N,S), (N,A), (N,S), (N,), (N,)"""
+        columns = state, action, next_state, reward[:, None], 1.0 - terminal[:, None].astype(np.float32)
+        self.columns = [torch.as_tensor(np.ascontiguousarray(c, dtype=np.float32), device=device) for c in columns]
+
+    def __len__(self):
+        return len(self.columns[0])
+
+    def sample(self, batch_size, generator) -> Batch:
+        index = torch.randint(len(self), (batch_size,), generator=generator, device=self.columns[0].device)
+        return Batch(*(column.index_select(0, index) for column in self.columns))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def evaluate(agent, task, config, n_episodes, step):
+    """n_episodes at once, one batched act() a step. -> (normalised score, tasks.Episodes)
+
+    Its randomness is its own, a function of the run's seed and the step: evaluating or not does not change the training.
+    """
+    from tqdm import tqdm
+
+    seed = 1_000_003 * config.seed + step
+    generator = torch.Generator(agent.device).manual_seed(seed)
+    with tqdm(total=task.episode_limit, desc="evaluating", unit="step", leave=False, dynamic_ncols=True) as bar:
+
+        def on_step(t, n_alive):
+            bar.update()
+            bar.set_postfix(episodes_running=n_alive, refresh=False)
+
+        def act(states):
+            try:
+                return agent.act(states, config.n_candidates, generator=generator)
+            except RuntimeError as e:
+                if "probability tensor" not in str(e):  # what torch.multinomial says of NaN
+                    raise
+                raise UserError(f"Q(s, a) is not finite at update {step:,}: the run has diverged; lower --lr or --eta") from e
+
+        episodes = task.evaluate(
+            act,
+            n_episodes,
+            seed,
+            n_threads=config.threads or None,
+            on_step=on_step,
+        )
+    return float(np.mean(task.normalized_score(episodes.returns))), episodes
+
+
+def film(agent, config, path, step):
+    """One episode of the gymnasium environment as an animated GIF at twice its natural speed. -> its return"""
+    import gymnasium
+    import imageio.v3 as iio
+    from run_folder import written_whole
+
+    env = gymnasium.make(config.env, render_mode="rgb_array", disable_env_checker=True)
+    observation, _ = env.reset(seed=config.seed + step)
+    generator = torch.Generator(agent.device).manual_seed(config.seed + step)
+    frames, total, done, t = [env.render()], 0.0, False, 0
+    while not done:
+        action = agent.act(np.asarray(observation, dtype=np.float32), config.n_candidates, generator=generator)
+        observation, reward, terminated, truncated, _ = env.step(action)
+        total, done, t = total + reward, terminated or truncated, t + 1
+        if t % 2 == 0 or done:
+            frames.append(env.render())
+    env.close()
+    gif = iio.imwrite("<bytes>", np.stack(frames), extension=".gif", duration=100, loop=0)
+    with written_whole(Path(path)) as temporary:
+        temporary.write_bytes(gif)
+    return float(total)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run: train, evaluate, save, resume
+# ---------------------------------------------------------------------------------------------------------------------
+
+LOG_EVERY = 100  # updates between looks at the losses: the only times the host waits for the device
+SAVE_SECONDS = 30  # a run killed at any moment loses at most this and one epoch
+
+
+def make_agent(config: Config, task, device) -> DiffusionQL:
+    decay_every = {"none": 0, "cosine": config.updates_per_epoch, "released": config.updates_per_epoch * config.eval_every}
+    names = (
+        "algo discount tau eta lr critic_lr grad_norm max_q_backup n_timesteps schedule ema_decay ema_start ema_every "
+        "hidden_dim seed"
+    )
+    return DiffusionQL(
+        task.state_dim,
+        task.action_dim,
+        max_action=task.max_action,
+        device=device,
+        # Differs: the released code steps its cosine once per evaluation, 20 to 40 times in all, so the rate hardly decays.
+        lr_decay_every=decay_every[config.lr_decay],
+        lr_decay_steps=config.epochs,
+        **{name: getattr(config, name) for name in names.split()},
+    )
+
+
+def load_transitions(config: Config, task, dataset, device) -> Transitions:
+    with np.errstate(divide="ignore", invalid="ignore"):  # looked at below
+        rewards = tune_rewards(
+            dataset.rewards,
+            config.reward_tune,
+            terminals=dataset.terminals,
+            observations=dataset.observations,
+            next_observations=dataset.next_observations,
+        )
+    if not np.isfinite(rewards).all():  # all rewards, or all trajectories' returns, are the same
+        raise UserError(f"--reward-tune {config.reward_tune} divides by 0 on {dataset.label}; take another, or none")
+    return Transitions(
+        dataset.observations, dataset.actions, dataset.next_observations, rewards, dataset.terminals, device=device
+    )
+
+
+def fingerprint(dataset) -> dict:
+    """What a resumed run must find again."""
+    crc = zlib.crc32(dataset.actions.tobytes(), zlib.crc32(dataset.observations.tobytes()))
+    return {"label": dataset.label, "source": dataset.source, "reason": dataset.reason, "n": len(dataset), "crc32": crc}
+
+
+def train(config: Config):
+    """Train as config says, or continue config.resume, and print the scores of every selection rule."""
+    import tasks
+    from run_folder import RunError, RunFolder, load_tensors, save_tensors
+
+    device = choose_device(config)
+    task = tasks.get(config.env)
+    # Every seed of a run learns from the same data.
+    dataset = tasks.load(task, config.data, seed=0, log=lambda line: print(line, flush=True))
+    data = fingerprint(dataset)
+    agent = make_agent(config, task, device)
+    if config.resume:
+        run = RunFolder(config.resume)
+        saved = run.config()["data"]
+        if saved["crc32"] != data["crc32"]:
+            raise RunError(f"{run.path} was trained on {saved['label']}, this is {data['label']}: not the same transitions")
+        tensors, _ = load_tensors(run.path / "resume.safetensors")
+        load_agent(agent, tensors, run.path / "resume.safetensors")
+        run.rewind_log(int(agent.step))
+        print(f"resumed at update {int(agent.step):,} of {config.epochs * config.updates_per_epoch:,}")
+    else:
+        when = time.strftime("%Y%m%d-%H%M%S")
+        name = f"{config.env}-{config.algo}-{dataset.source}-seed{config.seed}-{when}"
+        run = RunFolder.create(config.out, name, {"config": asdict(config), "data": data, "versions": versions()})
+        save_tensors(run.path / "resume.safetensors", agent.state_dict())
+    print(f"{config.algo} on {data['label']}, {len(dataset):,} transitions, {device}; everything goes to {run.path}", flush=True)
+    if config.compile:
+        agent.compile()
+    try:
+        run_epochs(config, agent, task, load_transitions(config, task, dataset, device), data["label"], run)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; go on with: python dql.py --resume {run.path}")
+        raise
+    selection = run.select(config.top_k)
+    print(f"normalised scores, {data['label']}:")
+    for rule, chosen in selection.items():
+        print(f"  {rule:<17}{chosen['score']:6.1f}   (update {chosen['step']:,})")
+    return run
+
+
+def run_epochs(config, agent, task, transitions, label, run):
+    """The training loop: epochs of updates, and an evaluation after every eval_every of them and after the last."""
+    from run_folder import save_tensors
+    from tqdm import tqdm
+
+    step, total, saved_at = int(agent.step), config.epochs * config.updates_per_epoch, time.monotonic()
+    with tqdm(total=total, initial=step, unit="update", desc=config.algo, dynamic_ncols=True, smoothing=0.05) as bar:
+        while True:
+            due = step > 0 and (step % (config.eval_every * config.updates_per_epoch) == 0 or step == total)
+            # A run killed in the middle of an evaluation finds it missing here and makes it again.
+            if due and all(e["step"] != step for e in run.evaluations()):
+                evaluate_and_record(config, agent, task, label, run)
+            if step == total:
+                return
+            started = time.monotonic()
+            latest = [f"{e['score']:.1f} on {label}" for e in run.evaluations()] or ["none yet"]
+            losses = run_epoch(config, agent, transitions, bar, latest[-1])
+            step = int(agent.step)
+            run.log("epoch", step, **losses, updates_per_second=config.updates_per_epoch / (time.monotonic() - started))
+            evaluation_follows = step % (config.eval_every * config.updates_per_epoch) == 0 or step == total
+            if evaluation_follows or time.monotonic() - saved_at > SAVE_SECONDS:
+                save_tensors(run.path / "resume.safetensors", agent.state_dict())
+                saved_at = time.monotonic()
+
+
+def run_epoch(config, agent, transitions, bar, score) -> dict:
+    """updates_per_epoch updates -> mean of every metric. Raises UserError when one of them is no longer finite."""
+    sums, n_updates = {}, config.updates_per_epoch
+    for i in range(0, n_updates, LOG_EVERY):
+        window = {}
+        for _ in range(min(LOG_EVERY, n_updates - i)):
+            metrics = agent.update(transitions.sample(config.batch_size, agent.generator))
+            window = {k: window.get(k, 0.0) + v for k, v in metrics.items()}
+            bar.update()
+        n = min(LOG_EVERY, n_updates - i)
+        window = {k: float(v) for k, v in window.items()}
+        broken = [k for k, v in window.items() if not math.isfinite(v)]
+        if broken:
+            raise UserError(
+                f"{broken[0]} became {window[broken[0]]} between updates {int(agent.step) - n:,} and "
+                f"{int(agent.step):,}; the last good checkpoint is kept: lower --lr or --eta, or raise --batch-size"
+            )
+        shown = {k: f"{window[k] / n:.4g}" for k in ("bc_loss", "q_loss", "critic_loss") if k in window}
+        bar.set_postfix(**shown, score=score, refresh=False)
+        sums = {k: sums.get(k, 0.0) + v for k, v in window.items()}
+    return {k: v / n_updates for k, v in sums.items()}
+
+
+def evaluate_and_record(config, agent, task, label, run):
+    """Evaluate, log, keep the networks, select, draw."""
+    from run_folder import save_tensors
+    from tqdm import tqdm
+
+    step, started = int(agent.step), time.monotonic()
+    score, episodes = evaluate(agent, task, config, config.eval_episodes, step)
+    seconds = time.monotonic() - started
+    since = max([e["step"] for e in run.evaluations()], default=0)
+    bc_loss = float(np.mean([r["bc_loss"] for r in run.records if r["kind"] == "epoch" and r["step"] > since]))
+    weights = {k: v for k, v in agent.state_dict().items() if k.startswith(tuple(f"{m}." for m in agent.networks()))}
+    save_tensors(run.checkpoint(step), weights, {"step": step, "score": score, "data": label})
+    task.draw_paths(episodes, run.path / f"paths_{step:08d}.png", f"{config.env}, update {step:,}: score {score:.1f}\n{label}")
+    mean_length = float(np.mean(episodes.lengths))
+    run.log("evaluation", step, score=score, bc_loss=bc_loss, mean_length=mean_length, seconds=seconds, data=label)
+    run.select(config.top_k)
+    run.draw_curve(f"{config.env}, {config.algo}\n{label}")
+    tqdm.write(f"update {step:,}: score {score:.1f} ({label}), {len(episodes.returns)} episodes in {seconds:.0f} s")
+
+
+def evaluate_run(config: Config):
+    """--eval: load a run's chosen checkpoint, evaluate it, draw the paths, and film an episode if asked."""
+    import tasks
+    from run_folder import RunFolder, load_json, load_tensors
+
+    run, task, device = RunFolder(config.eval), tasks.get(config.env), choose_device(config)
+    selection = load_json(run.path / "selection.json")
+    chosen = selection[config.which]
+    tensors, _ = load_tensors(run.path / chosen["checkpoint"])
+    agent = make_agent(config, task, device)
+    load_agent(agent, tensors, run.path / chosen["checkpoint"], weights_only=True)
+    score, episodes = evaluate(agent, task, config, config.episodes or config.eval_episodes, chosen["step"] + 1)
+    title = f"{config.env}, {config.which} (update {chosen['step']:,}): score {score:.1f}"
+    picture = run.path / f"paths_eval_{config.which}.png"
+    task.draw_paths(episodes, picture, f"{title}\n{chosen['data']}")
+    spread = float(np.std(task.normalized_score(episodes.returns)) / math.sqrt(len(episodes.returns)))
+    print(f"{title} ± {spread:.1f} (standard error of {len(episodes.returns)} episodes; {chosen['data']}); paths in {picture}")
+    if config.render:
+        print(f"filming one episode ... return {film(agent, config, config.render, chosen['step']):.1f}, in {config.render}")
+
+
+def load_agent(agent, tensors, path, **how):
+    from run_folder import RunError
+
+    try:
+        agent.load_state_dict(tensors, **how)
+    except (KeyError, RuntimeError) as e:
+        raise RunError(f"checkpoint {path} does not fit this configuration: {str(e).splitlines()[-1].strip()}") from e
+
+
+def choose_device(config: Config) -> torch.device:
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    try:
+        return torch.Generator(torch.empty(0, device=name).device).device
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device {name} cannot be used: {str(e).splitlines()[0]}") from e
+
+
+def versions() -> dict:
+    import gymnasium
+    import mujoco
+
+    libraries = {m.__name__: m.__version__ for m in (torch, np, mujoco, gymnasium)}
+    return {"python": platform.python_version(), **libraries, "machine": platform.processor() or platform.machine()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check(config: Config) -> None:
+    """Raises UserError for values no run can have."""
+    at_least = dict(
+        epochs=1, updates_per_epoch=1, eval_every=1, eval_episodes=1, batch_size=1, n_timesteps=1, hidden_dim=1, eta=0,
+        lr=0, critic_lr=0, grad_norm=0, ema_start=0, ema_every=1, n_candidates=1, top_k=0, episodes=0, threads=0, seed=0,
+    )  # fmt: skip
+    for name, least in at_least.items():
+        if not getattr(config, name) >= least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(config, name)}")
+    if config.seed >= 2**32:
+        raise UserError(f"--seed must be less than 2**32, not {config.seed}")
+    for name in ("discount", "tau", "ema_decay"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise UserError(f"--{name.replace('_', '-')} must lie between 0 and 1, not {getattr(config, name)}")
+    choices = dict(
+        algo=("ql", "bc"),
+        schedule=("vp", "linear", "cosine"),
+        lr_decay=("none", "cosine", "released"),
+        reward_tune=("none", "cql", "normalize", "iql_antmaze", "antmaze", "iql_locomotion"),
+        which=("last", "best", "offline", "offline_released"),
+    )
+    for name, known in choices.items():
+        if getattr(config, name) not in known:
+            raise UserError(f"unknown --{name.replace('_', '-')} {getattr(config, name)!r}; known: {', '.join(known)}")
+    if config.resume and config.eval:
+        raise UserError("--resume and --eval exclude each other")
+    if config.render and not config.eval:
+        raise UserError("--render films a finished run: name it with --eval")
+
+
+def parse_arguments(argv: list[str]) -> Config:
+    """The command line over the recipe of its task, or over the config of the run to resume or evaluate."""
+    import tasks
+    import tyro
+    from run_folder import RunFolder
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for option in ("--env", "--resume", "--eval"):
+        first.add_argument(option, default="")
+    first.add_argument("--quick", action="store_true")
+    chosen, _ = first.parse_known_args(argv)
+    run = chosen.resume or chosen.eval
+    if run:
+        try:
+            default = Config(**{**RunFolder(run).config()["config"], "resume": "", "eval": ""})
+        except (KeyError, TypeError) as e:
+            raise UserError(f"{run}/config.json is not one that this version of dql.py wrote: {e}") from e
+    else:
+        env = tasks.get(chosen.env or Config.env).name  # an unknown task is refused before anything else is read
+        default = recipe_config(env, chosen.quick)
+    config = tyro.cli(Config, args=argv, default=default, description=__doc__)
+    check(config)
+    if config.resume:
+        changed = [k for k, v in asdict(config).items() if k not in ("resume", "threads") and v != getattr(default, k)]
+        if changed:
+            raise UserError(f"{config.resume} was made with another --{changed[0].replace('_', '-')}; a resumed run keeps its own")
+    return config
+
+
+def main(argv: list[str] | None = None) -> int:
+    from run_folder import RunError
+    from tasks import TaskError
+
+    try:
+        config = parse_arguments(sys.argv[1:] if argv is None else argv)
+        evaluate_run(config) if config.eval else train(config)
+    except (UserError, TaskError, RunError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""What a run leaves on disk, and how it is found again: log, checkpoints, model selection, learning curve.
+
+    config.json              the Config, the data set it was trained on, versions
+    log.jsonl                one JSON object a line: every epoch's mean losses, every evaluation
+    events.out.tfevents.*    the same numbers for TensorBoard
+    resume.safetensors       everything an exact continuation needs, replaced whole at each save
+    checkpoints/step_N.safetensors   the networks at each evaluation
+    selection.json           which of them is last, best, offline, offline_released, with their scores
+    paths_N.png, curve.png   the evaluated paths, and scores and BC loss so far
+
+Tensors are stored as safetensors, the rest as JSON; nothing is pickled. Every file is written under a temporary name and
+moved when whole, so that a run killed at any moment leaves files that can be read.
+"""
+
+import json
+import os
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+
+class RunError(RuntimeError):
+    """A run's folder cannot be read or written. The message is one line: what is wrong and what to do about it."""
+
+
+@contextmanager
+def written_whole(path: Path):
+    """Yields a temporary path beside `path` and moves it there when the block succeeds. Raises RunError if the disk refuses."""
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as e:
+        raise RunError(f"cannot write {path}: {e.strerror or e}; what was saved before is untouched") from e
+    finally:
+        with suppress(OSError):  # a clean-up that fails must not hide why it was needed
+            temporary.unlink(missing_ok=True)
+
+
+def save_tensors(path: Path, tensors: dict, metadata: dict | None = None) -> None:
+    """Write name -> tensor as safetensors; metadata goes into the header as JSON."""
+    with written_whole(path) as temporary:
+        tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+        try:
+            save_file(tensors, temporary, {"json": json.dumps(metadata or {})})
+        except SafetensorError as e:  # how the library reports a full disk
+            raise RunError(f"cannot write {path}: {e}; what was saved before is untouched") from e
+
+
+def load_tensors(path: Path) -> tuple[dict, dict]:
+    """-> (name -> tensor, metadata). Raises RunError for a missing or broken file."""
+    try:
+        with safe_open(path, framework="pt") as f:
+            return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("json", "{}"))
+    except FileNotFoundError:
+        raise RunError(f"there is no checkpoint {path}") from None
+    except (SafetensorError, OSError, ValueError) as e:
+        raise RunError(f"checkpoint {path} is broken ({e}); take another run or checkpoint") from e
+
+
+def save_json(path: Path, content) -> None:
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def load_json(path: Path):
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise RunError(f"{path.parent} is not a run's folder, or its run ended too early: it has no {path.name}") from None
+    except (OSError, ValueError) as e:
+        raise RunError(f"{path} cannot be read: {e}") from e
+
+
+def select_checkpoints(evaluations: list[dict], top_k: int) -> dict:
+    """Model selection over evaluations (dicts with step, score, bc_loss), each rule -> the evaluation it takes.
+
+    best ("online" in the paper) needs the environment; offline takes the BC loss of rank top_k in ascending order.
+    offline_released is the released code's `argsort(bc_loss) == top_k`, which is the inverse permutation and so picks another
+    evaluation; it is kept for comparison with the published column. With fewer evaluations than top_k + 1, the last rank counts.
+    """
+    bc_loss = np.array([e["bc_loss"] for e in evaluations])
+    rank = min(top_k, len(evaluations) - 1)
+    order = np.argsort(bc_loss, kind="stable")
+    return {
+        "last": evaluations[-1],
+        "best": evaluations[int(np.argmax([e["score"] for e in evaluations]))],
+        "offline": evaluations[int(order[rank])],
+        "offline_released": evaluations[int(np.flatnonzero(order == rank)[0])],
+    }
+
+
+class RunFolder:
+    """One run's folder. `records` holds the log in memory."""
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        self.records: list[dict] = []
+        self._tensorboard = None
+
+    @classmethod
+    def create(cls, parent: str, name: str, config: dict) -> "RunFolder":
+        """Make a new folder below parent; a number is appended to the name if it is taken."""
+        parent, n = Path(parent), 1
+        while True:
+            path = parent / (name if n == 1 else f"{name}-{n}")
+            try:
+                (path / "checkpoints").mkdir(parents=True)
+                break
+            except FileExistsError:
+                n += 1
+            except OSError as e:
+                raise RunError(f"cannot make the run's folder {path}: {e.strerror}; choose another with --out") from e
+        save_json(path / "config.json", config)
+        return cls(path)
+
+    def config(self) -> dict:
+        return load_json(self.path / "config.json")
+
+    def log(self, kind: str, step: int, **numbers) -> None:
+        """Append a record to log.jsonl, and its numbers to TensorBoard under kind/name."""
+        record = {"kind": kind, "step": step, **numbers}
+        self.records.append(record)
+        try:
+            with open(self.path / "log.jsonl", "a") as f:
+                f.write(json.dumps(record) + "\n")
+            if self._tensorboard is None:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._tensorboard = SummaryWriter(self.path, purge_step=step)
+            for name, value in numbers.items():
+                if isinstance(value, (int, float)):
+                    self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+            self._tensorboard.flush()
+        except OSError as e:
+            raise RunError(f"cannot write the log in {self.path}: {e.strerror}; checkpoints are untouched") from e
+
+    def rewind_log(self, step: int) -> None:
+        """Read log.jsonl back and drop what lies beyond step: updates made after the checkpoint will be made again."""
+        path = self.path / "log.jsonl"
+        self.records = []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                self.records.append(json.loads(line))
+            except ValueError:
+                break  # the line being written when the run was killed
+        self.records = [r for r in self.records if r["step"] <= step]
+        with written_whole(path) as temporary:
+            temporary.write_text("".join(json.dumps(r) + "\n" for r in self.records))
+
+    def evaluations(self) -> list[dict]:
+        return [r for r in self.records if r["kind"] == "evaluation"]
+
+    def checkpoint(self, step: int) -> Path:
+        return self.path / "checkpoints" / f"step_{step:08d}.safetensors"
+
+    def select(self, top_k: int) -> dict:
+        """Apply the selection rules to the evaluations so far and write selection.json."""
+        chosen = select_checkpoints(self.evaluations(), top_k)
+        files = {rule: f"checkpoints/{self.checkpoint(e['step']).name}" for rule, e in chosen.items()}
+        selection = {
+            rule: {"checkpoint": files[rule], "step": e["step"], "score": e["score"], "data": e["data"]}
+            for rule, e in chosen.items()
+        }
+        save_json(self.path / "selection.json", selection)
+        return selection
+
+    def draw_curve(self, title: str) -> None:
+        """curve.png: normalised score and BC loss against updates."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 5), layout="constrained")
+        top, bottom = figure.subplots(2, 1, sharex=True)
+        evaluations, epochs = self.evaluations(), [r for r in self.records if r["kind"] == "epoch"]
+        top.plot([e["step"] for e in evaluations], [e["score"] for e in evaluations], "o-", color="tab:blue")
+        top.set(ylabel="normalised score", title=title)
+        bottom.plot([r["step"] for r in epochs], [r["bc_loss"] for r in epochs], color="tab:orange")
+        bottom.set(ylabel="BC loss", xlabel="updates")
+        for axes in (top, bottom):
+            axes.grid(alpha=0.3)
+        with written_whole(self.path / "curve.png") as temporary:
+            figure.savefig(temporary, format="png", dpi=110)
