@@ -20,12 +20,9 @@ and every evaluation episode draws its own maze goal. The arithmetic of an updat
 import argparse
 import copy
 import math
-import platform
 import sys
 import time
-import zlib
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -47,6 +44,7 @@ class Config:
     env: str = "antmaze-umaze-v0"  # D4RL task name; an unknown one lists the nearest
     algo: str = "ql"  # ql: Diffusion-QL; bc: behaviour cloning with the same diffusion policy
     data: str = "auto"  # auto: D4RL's file, else download, else generate; or d4rl, generated, or the path of an HDF5 file
+    n_generated: int = 1_000_000  # transitions to generate where D4RL's file is not used
     seed: int = 0  # of everything: initial weights, minibatches, noise, evaluation
     quick: bool = False  # a laptop's recipe: 20 epochs at a rate of 1e-3 that decays to 0, tau 0.02, 50 episodes an evaluation
     out: str = "runs"  # folder that gets one folder per run
@@ -669,29 +667,6 @@ def evaluate(agent, task, config, n_episodes, step):
     return float(np.mean(task.normalized_score(episodes.returns))), episodes
 
 
-def film(agent, config, path, step):
-    """One episode of the gymnasium environment as an animated GIF at twice its natural speed. -> its return"""
-    import gymnasium
-    import imageio.v3 as iio
-    from run_folder import written_whole
-
-    env = gymnasium.make(config.env, render_mode="rgb_array", disable_env_checker=True)
-    observation, _ = env.reset(seed=config.seed + step)
-    generator = torch.Generator(agent.device).manual_seed(config.seed + step)
-    frames, total, done, t = [env.render()], 0.0, False, 0
-    while not done:
-        action = agent.act(np.asarray(observation, dtype=np.float32), config.n_candidates, generator=generator)
-        observation, reward, terminated, truncated, _ = env.step(action)
-        total, done, t = total + reward, terminated or truncated, t + 1
-        if t % 2 == 0 or done:
-            frames.append(env.render())
-    env.close()
-    gif = iio.imwrite("<bytes>", np.stack(frames), extension=".gif", duration=100, loop=0)
-    with written_whole(Path(path)) as temporary:
-        temporary.write_bytes(gif)
-    return float(total)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The run: train, evaluate, save, resume
 # ---------------------------------------------------------------------------------------------------------------------
@@ -734,30 +709,24 @@ def load_transitions(config: Config, task, dataset, device) -> Transitions:
     )
 
 
-def fingerprint(dataset) -> dict:
-    """What a resumed run must find again."""
-    crc = zlib.crc32(dataset.actions.tobytes(), zlib.crc32(dataset.observations.tobytes()))
-    return {"label": dataset.label, "source": dataset.source, "reason": dataset.reason, "n": len(dataset), "crc32": crc}
-
-
 def train(config: Config):
     """Train as config says, or continue config.resume, and print the scores of every selection rule."""
     import tasks
-    from run_folder import RunError, RunFolder, load_tensors, save_tensors
+    from run_folder import RunError, RunFolder, restore, save_tensors, versions
 
     device = choose_device(config)
     task = tasks.get(config.env)
     # Every seed of a run learns from the same data.
-    dataset = tasks.load(task, config.data, seed=0, log=lambda line: print(line, flush=True))
-    data = fingerprint(dataset)
+    log = lambda line: print(line, flush=True)  # noqa: E731
+    dataset = tasks.load(task, config.data, seed=0, n_generated=config.n_generated, log=log)
+    data = dataset.fingerprint()
     agent = make_agent(config, task, device)
     if config.resume:
         run = RunFolder(config.resume)
         saved = run.config()["data"]
         if saved["crc32"] != data["crc32"]:
             raise RunError(f"{run.path} was trained on {saved['label']}, this is {data['label']}: not the same transitions")
-        tensors, _ = load_tensors(run.path / "resume.safetensors")
-        load_agent(agent, tensors, run.path / "resume.safetensors")
+        restore(agent, run.path / "resume.safetensors")
         run.rewind_log(int(agent.step))
         print(f"resumed at update {int(agent.step):,} of {config.epochs * config.updates_per_epoch:,}")
     else:
@@ -782,8 +751,9 @@ def train(config: Config):
 
 def run_epochs(config, agent, task, transitions, label, run):
     """The training loop: epochs of updates, and an evaluation after every eval_every of them and after the last."""
-    from run_folder import save_tensors
     from tqdm import tqdm
+
+    from run_folder import save_tensors
 
     step, total, saved_at = int(agent.step), config.epochs * config.updates_per_epoch, time.monotonic()
     with tqdm(total=total, initial=step, unit="update", desc=config.algo, dynamic_ncols=True, smoothing=0.05) as bar:
@@ -830,8 +800,9 @@ def run_epoch(config, agent, transitions, bar, score) -> dict:
 
 def evaluate_and_record(config, agent, task, label, run):
     """Evaluate, log, keep the networks, select, draw."""
-    from run_folder import save_tensors
     from tqdm import tqdm
+
+    from run_folder import save_tensors
 
     step, started = int(agent.step), time.monotonic()
     score, episodes = evaluate(agent, task, config, config.eval_episodes, step)
@@ -851,14 +822,13 @@ def evaluate_and_record(config, agent, task, label, run):
 def evaluate_run(config: Config):
     """--eval: load a run's chosen checkpoint, evaluate it, draw the paths, and film an episode if asked."""
     import tasks
-    from run_folder import RunFolder, load_json, load_tensors
+    from run_folder import RunFolder, load_json, restore
 
     run, task, device = RunFolder(config.eval), tasks.get(config.env), choose_device(config)
     selection = load_json(run.path / "selection.json")
     chosen = selection[config.which]
-    tensors, _ = load_tensors(run.path / chosen["checkpoint"])
     agent = make_agent(config, task, device)
-    load_agent(agent, tensors, run.path / chosen["checkpoint"], weights_only=True)
+    restore(agent, run.path / chosen["checkpoint"], weights_only=True)
     score, episodes = evaluate(agent, task, config, config.episodes or config.eval_episodes, chosen["step"] + 1)
     title = f"{config.env}, {config.which} (update {chosen['step']:,}): score {score:.1f}"
     picture = run.path / f"paths_eval_{config.which}.png"
@@ -866,16 +836,9 @@ def evaluate_run(config: Config):
     spread = float(np.std(task.normalized_score(episodes.returns)) / math.sqrt(len(episodes.returns)))
     print(f"{title} ± {spread:.1f} (standard error of {len(episodes.returns)} episodes; {chosen['data']}); paths in {picture}")
     if config.render:
-        print(f"filming one episode ... return {film(agent, config, config.render, chosen['step']):.1f}, in {config.render}")
-
-
-def load_agent(agent, tensors, path, **how):
-    from run_folder import RunError
-
-    try:
-        agent.load_state_dict(tensors, **how)
-    except (KeyError, RuntimeError) as e:
-        raise RunError(f"checkpoint {path} does not fit this configuration: {str(e).splitlines()[-1].strip()}") from e
+        generator = torch.Generator(device).manual_seed(config.seed)
+        act = lambda state: agent.act(state, config.n_candidates, generator=generator)  # noqa: E731
+        print(f"filmed one episode with return {tasks.film(config.env, act, config.render, config.seed):.1f}: {config.render}")
 
 
 def choose_device(config: Config) -> torch.device:
@@ -888,14 +851,6 @@ def choose_device(config: Config) -> torch.device:
         raise UserError(f"--device {name} cannot be used: {str(e).splitlines()[0]}") from e
 
 
-def versions() -> dict:
-    import gymnasium
-    import mujoco
-
-    libraries = {m.__name__: m.__version__ for m in (torch, np, mujoco, gymnasium)}
-    return {"python": platform.python_version(), **libraries, "machine": platform.processor() or platform.machine()}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------------------------------
@@ -903,15 +858,15 @@ def versions() -> dict:
 
 def check(config: Config) -> None:
     """Raises UserError for values no run can have."""
-    at_least = dict(
-        epochs=1, updates_per_epoch=1, eval_every=1, eval_episodes=1, batch_size=1, n_timesteps=1, hidden_dim=1, eta=0,
-        lr=0, critic_lr=0, grad_norm=0, ema_start=0, ema_every=1, n_candidates=1, top_k=0, episodes=0, threads=0, seed=0,
-    )  # fmt: skip
+    one_or_more = "epochs updates_per_epoch eval_every eval_episodes batch_size n_timesteps hidden_dim ema_every n_candidates"
+    zero_or_more = "eta lr critic_lr grad_norm ema_start top_k episodes threads seed"
+    at_least = {"n_generated": 2, **dict.fromkeys(one_or_more.split(), 1), **dict.fromkeys(zero_or_more.split(), 0)}
     for name, least in at_least.items():
-        if not getattr(config, name) >= least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(config, name)}")
-    if config.seed >= 2**32:
-        raise UserError(f"--seed must be less than 2**32, not {config.seed}")
+        value = getattr(config, name)
+        if not value >= least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+        if isinstance(value, int) and value >= 2**31:  # what torch can take
+            raise UserError(f"--{name.replace('_', '-')} must be less than 2**31, not {value}")
     for name in ("discount", "tau", "ema_decay"):
         if not 0 <= getattr(config, name) <= 1:
             raise UserError(f"--{name.replace('_', '-')} must lie between 0 and 1, not {getattr(config, name)}")
@@ -933,8 +888,9 @@ def check(config: Config) -> None:
 
 def parse_arguments(argv: list[str]) -> Config:
     """The command line over the recipe of its task, or over the config of the run to resume or evaluate."""
-    import tasks
     import tyro
+
+    import tasks
     from run_folder import RunFolder
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -951,12 +907,13 @@ def parse_arguments(argv: list[str]) -> Config:
     else:
         env = tasks.get(chosen.env or Config.env).name  # an unknown task is refused before anything else is read
         default = recipe_config(env, chosen.quick)
-    config = tyro.cli(Config, args=argv, default=default, description=__doc__)
+    config = tyro.cli(Config, args=argv, default=default, description=__doc__.split("\n\nThe algorithm (")[0])
     check(config)
     if config.resume:
         changed = [k for k, v in asdict(config).items() if k not in ("resume", "threads") and v != getattr(default, k)]
         if changed:
-            raise UserError(f"{config.resume} was made with another --{changed[0].replace('_', '-')}; a resumed run keeps its own")
+            option = changed[0].replace("_", "-")
+            raise UserError(f"{config.resume} was made with another --{option}; a resumed run keeps its own")
     return config
 
 

@@ -13,13 +13,16 @@ moved when whole, so that a run killed at any moment leaves files that can be re
 """
 
 import json
-import os
-from contextlib import contextmanager, suppress
+import platform
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from atomic import written_whole
 
 
 class RunError(RuntimeError):
@@ -27,22 +30,18 @@ class RunError(RuntimeError):
 
 
 @contextmanager
-def written_whole(path: Path):
-    """Yields a temporary path beside `path` and moves it there when the block succeeds. Raises RunError if the disk refuses."""
-    temporary = path.with_name(f".{path.name}.part")
+def saved(path: Path):
+    """atomic.written_whole, but a disk that refuses raises RunError."""
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with written_whole(path) as temporary:
+            yield temporary
     except OSError as e:
         raise RunError(f"cannot write {path}: {e.strerror or e}; what was saved before is untouched") from e
-    finally:
-        with suppress(OSError):  # a clean-up that fails must not hide why it was needed
-            temporary.unlink(missing_ok=True)
 
 
 def save_tensors(path: Path, tensors: dict, metadata: dict | None = None) -> None:
     """Write name -> tensor as safetensors; metadata goes into the header as JSON."""
-    with written_whole(path) as temporary:
+    with saved(path) as temporary:
         tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
         try:
             save_file(tensors, temporary, {"json": json.dumps(metadata or {})})
@@ -61,8 +60,23 @@ def load_tensors(path: Path) -> tuple[dict, dict]:
         raise RunError(f"checkpoint {path} is broken ({e}); take another run or checkpoint") from e
 
 
+def restore(agent, path: Path, **how) -> None:
+    """agent.load_state_dict from a checkpoint. Raises RunError if the file is missing, broken or of another agent."""
+    tensors, _ = load_tensors(path)
+    try:
+        agent.load_state_dict(tensors, **how)
+    except (KeyError, RuntimeError) as e:
+        raise RunError(f"checkpoint {path} does not fit this configuration: {str(e).splitlines()[-1].strip()}") from e
+
+
+def versions() -> dict:
+    """Of everything that a run's figures depend on."""
+    names = ("torch", "numpy", "mujoco", "gymnasium")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}, "machine": platform.machine()}
+
+
 def save_json(path: Path, content) -> None:
-    with written_whole(path) as temporary:
+    with saved(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -148,7 +162,7 @@ class RunFolder:
             except ValueError:
                 break  # the line being written when the run was killed
         self.records = [r for r in self.records if r["step"] <= step]
-        with written_whole(path) as temporary:
+        with saved(path) as temporary:
             temporary.write_text("".join(json.dumps(r) + "\n" for r in self.records))
 
     def evaluations(self) -> list[dict]:
@@ -181,5 +195,5 @@ class RunFolder:
         bottom.set(ylabel="BC loss", xlabel="updates")
         for axes in (top, bottom):
             axes.grid(alpha=0.3)
-        with written_whole(self.path / "curve.png") as temporary:
+        with saved(self.path / "curve.png") as temporary:
             figure.savefig(temporary, format="png", dpi=110)

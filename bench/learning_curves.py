@@ -19,8 +19,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
+from atomic import written_whole
 from bench import machine
-from run_folder import RunFolder, save_json, written_whole
+from run_folder import RunFolder, save_json
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -48,7 +49,7 @@ def make_run(options: dict, out: Path, threads: int) -> Path:
         for name, value in options.items():
             command += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     print(f"{time.strftime('%H:%M:%S')} {' '.join(command[1:])}", flush=True)
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed: {done.stderr.strip().splitlines()[-1]}")
     return before or find_run(out, options)
@@ -65,7 +66,7 @@ def collect(run: Path) -> dict:
         "algo": saved["config"]["algo"],
         "seed": saved["config"]["seed"],
         "data": saved["data"],
-        "config": saved["config"],
+        "config": {k: v for k, v in saved["config"].items() if k != "out"},  # a path of this machine
         "versions": saved["versions"],
         "updates_per_second_median": float(np.median(updates)),
         "evaluations": [{k: e[k] for k in ("step", "score", "bc_loss", "mean_length", "seconds")} for e in evaluations],

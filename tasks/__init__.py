@@ -10,10 +10,11 @@ import difflib
 import gymnasium
 
 from .antmaze import AntMaze
+from .antmaze_env import film
 from .datasets import load
 from .task import Dataset, Episodes, TaskError
 
-__all__ = ["AntMaze", "Dataset", "Episodes", "TaskError", "get", "load", "names"]
+__all__ = ["AntMaze", "Dataset", "Episodes", "TaskError", "film", "get", "load", "names"]
 
 
 def _antmaze(name: str, maze: str, file: str) -> AntMaze:

@@ -26,6 +26,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 from mujoco.rollout import Rollout
 
+from atomic import written_whole
+
 from .task import Episodes, TaskError
 
 # '1' wall, '0' free, 'R' where the ant starts, 'G' where its goal lies. Rows go to +y, columns to +x.
@@ -291,17 +293,11 @@ class AntMaze:
 
     def draw_paths(self, episodes: Episodes, path: str | Path, title: str) -> None:
         """Draw the walked paths as a PNG file, atomically. Raises TaskError if it cannot be written."""
-        path = Path(path)
-        if not path.parent.is_dir():
-            raise TaskError(f"cannot write the picture {path}: no folder {path.parent}; make it first")
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
-            _figure(self.maze, episodes, title).savefig(partial, dpi=120, format="png")
-            os.replace(partial, path)
+            with written_whole(path) as temporary:
+                _figure(self.maze, episodes, title).savefig(temporary, dpi=120, format="png")
         except OSError as error:
             raise TaskError(f"cannot write the picture {path}: {error.strerror or error}") from error
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def at_goal(xy: np.ndarray, goal: np.ndarray) -> np.ndarray:

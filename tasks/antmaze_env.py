@@ -13,6 +13,8 @@ import gymnasium
 import mujoco
 import numpy as np
 
+from atomic import written_whole
+
 from .antmaze import (
     ACTION_DIM,
     FRAME_SKIP,
@@ -105,6 +107,31 @@ class AntMazeEnv(gymnasium.Env):
 
     def _info(self) -> dict:
         return {"goal": self.goal.copy(), "success": bool(at_goal(self.data.qpos[:2], self.goal))}
+
+
+def film(name: str, act, path: str | os.PathLike, seed: int) -> float:
+    """One episode of the task `name` as an animated GIF, at twice its natural speed. -> its return
+
+    act: observation (S,) float32 -> action (A,). Raises TaskError where there is no OpenGL or path cannot be written.
+    """
+    import imageio.v3 as iio
+
+    env = gymnasium.make(name, render_mode="rgb_array", disable_env_checker=True)
+    observation, _ = env.reset(seed=seed)
+    frames, total, done, t = [env.render()], 0.0, False, 0
+    while not done:
+        observation, reward, terminated, truncated, _ = env.step(act(observation.astype(np.float32)))
+        total, done, t = total + float(reward), terminated or truncated, t + 1
+        if t % 2 == 0 or done:
+            frames.append(env.render())
+    env.close()
+    gif = iio.imwrite("<bytes>", np.stack(frames), extension=".gif", duration=100, loop=0)
+    try:
+        with written_whole(path) as temporary:
+            temporary.write_bytes(gif)
+    except OSError as error:
+        raise TaskError(f"cannot write the film {path}: {error.strerror or error}") from error
+    return total
 
 
 # ------------------------------------------------------------------------------------------------------------

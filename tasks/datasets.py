@@ -55,16 +55,21 @@ class DownloadError(TaskError):
 # Which data
 
 def load(
-    task, source: str | os.PathLike = "auto", *, seed: int = 0, log: Callable[[str], None] = print
+    task,
+    source: str | os.PathLike = "auto",
+    *,
+    seed: int = 0,
+    n_generated: int = 1_000_000,
+    log: Callable[[str], None] = print,
 ) -> Dataset:
     """The task's transitions from `source`: "auto", "d4rl", "generated", or the path of an HDF5 file.
 
-    seed is the generator's. What was taken and why goes to `log` and into Dataset.reason. A D4RL file that is
-    there but broken is an error, with "auto" too: replacing it would quietly change what a score is quoted
-    for. Raises TaskError.
+    seed and n_generated, a number of transitions, are the generator's. What was taken and why goes to `log` and
+    into Dataset.reason. A D4RL file that is there but broken is an error, with "auto" too: replacing it would
+    quietly change what a score is quoted for. Raises TaskError.
     """
     if source == "generated":
-        return _generated(task, seed, "asked for by name", log)
+        return _generated(task, seed, n_generated, "asked for by name", log)
     if source not in ("auto", "d4rl"):
         return _file(task, Path(source).expanduser(), log)
     path = d4rl_folder() / _base_name(task)
@@ -77,7 +82,7 @@ def load(
         if source == "d4rl":
             raise
         why = f"no D4RL file in {path.parent}, download failed ({error.short})"
-        return _generated(task, seed, f"{why}, so the data were generated here", log)
+        return _generated(task, seed, n_generated, f"{why}, so the data were generated here", log)
     return _d4rl(task, path, f"downloaded from {url} to {path.parent}", log)
 
 
@@ -114,12 +119,12 @@ def _file(task, path: Path, log) -> Dataset:
     return Dataset(task.name, "file", f"file {path.name} (task {task.name})", reason, **read_hdf5(path, task))
 
 
-def _generated(task, seed: int, reason: str, log) -> Dataset:
+def _generated(task, seed: int, n_transitions: int, reason: str, log) -> Dataset:
     from .generate import cached  # only here: reading a file needs no simulator
 
     log(f"data: GENERATED for {task.name}, NOT D4RL's: scores on it are not comparable with published ones")
     log(f"data: why: {reason}")
-    path = Path(cached(task, seed=seed, log=log))
+    path = Path(cached(task, n_transitions=n_transitions, seed=seed, log=log))
     try:
         arrays = read_hdf5(path, task)
     except TaskError as error:

@@ -35,7 +35,18 @@ import mujoco
 import numpy as np
 from tqdm import tqdm
 
-from .antmaze import CELL, MAZES, AntBatch, AntMaze, at_goal, cell_xy, free_cells, sample_goals
+from atomic import written_whole
+
+from .antmaze import (
+    CELL,
+    MAZES,
+    AntBatch,
+    AntMaze,
+    at_goal,
+    cell_xy,
+    free_cells,
+    sample_goals,
+)
 from .task import TaskError
 from .walker import walk
 
@@ -185,23 +196,18 @@ def generate(
     path = Path(path)
     if n_transitions < 2:
         raise TaskError(f"n_transitions is {n_transitions}: a data set needs at least 2 transitions")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()  # a folder that cannot be written is noticed now, not after minutes of work
+        with written_whole(path) as temporary:
+            temporary.touch()  # a folder that cannot be written is noticed now, not after minutes of work
+            log(f"generating {n_transitions:,} transitions for {task.name}, seed {seed}, recipe {RECIPE_VERSION}")
+            data = simulate(task, n_transitions, seed, Recipe(), n_threads)
+            facts = statistics(data)
+            log("generated data: " + ", ".join(f"{name} {value:.7g}" for name, value in facts.items()))
+            _write(temporary, data, dict(task=task.name, seed=seed, recipe_version=RECIPE_VERSION) | facts)
     except OSError as error:
-        raise _cannot_write(path, error) from error
-    try:
-        log(f"generating {n_transitions} transitions for {task.name}, seed {seed}, recipe {RECIPE_VERSION}")
-        data = simulate(task, n_transitions, seed, Recipe(), n_threads)
-        facts = statistics(data)
-        log("generated data: " + ", ".join(f"{name} {value:.7g}" for name, value in facts.items()))
-        _write(temporary, data, dict(task=task.name, seed=seed, recipe_version=RECIPE_VERSION) | facts)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        message = f"cannot write generated data to {path}: {error}; free the disk or choose another folder"
+        raise TaskError(message) from error
 
 
 def _write(path: Path, data: dict[str, np.ndarray], facts: dict) -> None:
@@ -211,10 +217,6 @@ def _write(path: Path, data: dict[str, np.ndarray], facts: dict) -> None:
         for key, array in data.items():
             file[key] = array
         file.attrs.update(facts | asdict(Recipe()) | versions)
-
-
-def _cannot_write(path: Path, error: OSError) -> TaskError:
-    return TaskError(f"cannot write generated data to {path} ({error}); free the disk or take another folder")
 
 
 def simulate(
