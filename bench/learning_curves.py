@@ -15,13 +15,16 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import h5py
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
+import tasks
 from atomic import written_whole
 from bench import machine
 from run_folder import RunFolder, save_json
+from tasks.generate import cached
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -72,6 +75,12 @@ def collect(run: Path) -> dict:
         "evaluations": [{k: e[k] for k in ("step", "score", "bc_loss", "mean_length", "seconds")} for e in evaluations],
         "selection": json.loads((run / "selection.json").read_text()),
     }
+
+
+def data_statistics(env: str) -> dict:
+    """What the generator wrote into its file about the data: success, share of terminals, recipe, versions."""
+    with h5py.File(cached(tasks.get(env))) as file:
+        return {name: np.asarray(value).tolist() for name, value in file.attrs.items()}
 
 
 def summarise(runs: list[dict]) -> dict:
@@ -132,7 +141,10 @@ def main() -> None:
         folders = list(pool.map(lambda options: make_run(options, arguments.out, arguments.threads), wanted))
     runs = [collect(folder) for folder in folders]
     summary = summarise(runs)
-    save_json(RESULTS / "learning_curves.json", {**machine.describe(), "summary": summary, "runs": runs})
+    results = {**machine.describe(), "summary": summary, "runs": runs}
+    if arguments.data == "generated":
+        results["data_statistics"] = data_statistics(arguments.env)
+    save_json(RESULTS / "learning_curves.json", results)
     draw(runs, folders, arguments.env, RESULTS / "learning_curves.png")
     for algo, rules in summary.items():
         print(algo, {rule: f"{rules[rule]['mean']:.1f} ± {rules[rule]['std'] or 0:.1f}" for rule in rules if rule != "seeds"})

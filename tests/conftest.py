@@ -1,0 +1,42 @@
+"""What the tests share: the repository's root on the path, and the oracle's numbers."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+torch.set_num_threads(1)  # the nets here are small: on a busy machine a second thread is waited for, not helped by
+
+# The cut travels with the repository; the whole file, where somebody has it, lies beside the repository.
+ORACLES = {"cut": ROOT / "tests/data/oracle.npz", "full": ROOT.parent / "shared/oracle/released.npz"}
+
+
+class Oracle:
+    """Inputs, parameters and expected outputs of the authors' released code, the outputs in float64 arithmetic.
+
+    state 29, action 8, batch 64, hidden 256. Large gradients and updated weights are every 16th row in the cut.
+    """
+
+    def __init__(self, path):
+        with np.load(path) as file:
+            self.arrays = {name: file[name] for name in file.files}
+
+    def __getitem__(self, name) -> torch.Tensor:
+        return torch.from_numpy(self.arrays[name])
+
+    def named(self, prefix) -> dict[str, torch.Tensor]:
+        """Everything below prefix, by the rest of its name."""
+        return {name[len(prefix) :]: self[name] for name in self.arrays if name.startswith(prefix)}
+
+
+@pytest.fixture(scope="session", params=list(ORACLES))
+def oracle(request):
+    if request.param == "full" and not ORACLES["full"].exists():
+        pytest.skip("the whole oracle is not beside the repository; the cut is tested")
+    return Oracle(ORACLES[request.param])
