@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch._dynamo  # noqa: F401  brings triton where it is installed: its LLVM crashes if Mesa's software OpenGL came first
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
