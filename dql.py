@@ -20,9 +20,11 @@ and every evaluation episode draws its own maze goal. The arithmetic of an updat
 import argparse
 import copy
 import math
+import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -596,7 +598,7 @@ class DiffusionQL:
             return
         for name, optimizer in (("policy", self.policy_optimizer), ("critic", self.critic_optimizer)):
             prefix = f"{name}_optimizer."
-            moments = {k[len(prefix) :]: v.clone() for k, v in state.items() if k.startswith(prefix)}
+            moments = {k[len(prefix) :]: v.to(self.device, copy=True) for k, v in state.items() if k.startswith(prefix)}
             optimizer.state[optimizer.param_groups[0]["params"][0]] = moments
         self.step.copy_(state["step"])
         self.generator.set_state(state["generator"])
@@ -751,7 +753,9 @@ def train(config: Config):
         run = RunFolder.create(config.out, name, {"config": asdict(config), "data": data, "versions": versions()})
         save_tensors(run.path / "resume.safetensors", agent.state_dict())
     print(f"{config.algo} on {data['label']}, {len(dataset):,} transitions, {device}; everything goes to {run.path}", flush=True)
-    if config.compile:
+    if config.compile and not (device.type == "cuda" or any(map(shutil.which, ("c++", "g++", "clang++")))):
+        print("--compile needs a C++ compiler and finds none: going on without it")
+    elif config.compile:
         agent.compile()
     try:
         run_epochs(config, agent, task, load_transitions(config, task, dataset, device), data["label"], run)
@@ -925,11 +929,13 @@ def parse_arguments(argv: list[str]) -> Config:
         default = recipe_config(env, chosen.quick)
     config = tyro.cli(Config, args=argv, default=default, description=__doc__.split("\n\nThe algorithm (")[0])
     check(config)
-    if config.resume:
-        changed = [k for k, v in asdict(config).items() if k not in ("resume", "threads") and v != getattr(default, k)]
+    if run:
+        free = {"resume", "threads"} if config.resume else {"eval", *"which episodes render device threads seed n_candidates".split()}
+        changed = [k for k, v in asdict(config).items() if k not in free and v != getattr(default, k)]
         if changed:
-            option = changed[0].replace("_", "-")
-            raise UserError(f"{config.resume} was made with another --{option}; a resumed run keeps its own")
+            raise UserError(f"{run} was made with another --{changed[0].replace('_', '-')}, and keeps its own")
+    if config.data not in ("auto", "d4rl", "generated"):
+        config.data = str(Path(config.data).expanduser().absolute())  # so that the run can be resumed from any folder
     return config
 
 

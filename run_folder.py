@@ -153,7 +153,12 @@ class RunFolder:
             raise RunError(f"cannot write the log in {self.path}: {e.strerror}; checkpoints are untouched") from e
 
     def rewind_log(self, step: int) -> None:
-        """Read log.jsonl back and drop what lies beyond step: updates made after the checkpoint will be made again."""
+        """Read log.jsonl back and drop what lies beyond step: updates made after the checkpoint will be made again.
+
+        Half-written files that a kill left behind are removed.
+        """
+        for left in self.path.rglob(".*.part"):
+            left.unlink()
         path = self.path / "log.jsonl"
         self.records = []
         for line in path.read_text().splitlines() if path.exists() else []:

@@ -41,9 +41,18 @@ def find_run(out: Path, options: dict) -> Path | None:
     return None
 
 
+def finished(run: Path) -> bool:
+    config = RunFolder(run).config()["config"]
+    last = (run / "log.jsonl").read_text().splitlines()[-1:]
+    total = config["epochs"] * config["updates_per_epoch"]
+    return any(r["kind"] == "evaluation" and r["step"] == total for r in map(json.loads, last))
+
+
 def make_run(options: dict, out: Path, threads: int) -> Path:
     """Train with these options, or finish what an earlier call began. -> the run's folder"""
     before = find_run(out, options)
+    if before is not None and finished(before):
+        return before
     command = [sys.executable, "dql.py", "--threads", str(threads)]
     if before is not None:
         command += ["--resume", str(before)]

@@ -33,7 +33,9 @@ class Dataset:
 
     def fingerprint(self) -> dict:
         """What a resumed run must find again, and what its scores are quoted for."""
-        crc = zlib.crc32(self.actions.tobytes(), zlib.crc32(self.observations.tobytes()))
+        crc = 0
+        for column in (self.observations, self.actions, self.rewards, self.terminals):
+            crc = zlib.crc32(column.tobytes(), crc)
         return {"label": self.label, "source": self.source, "reason": self.reason, "n": len(self), "crc32": crc}
 
 

@@ -334,8 +334,9 @@ def test_resuming_with_the_same_option_spelt_out_is_fine(run, no_pictures):
     assert dql.main(["--resume", str(run), "--env", ENV, "--epochs", "4"]) == 0
 
 
-def test_evaluating_with_networks_of_another_size_is_refused(capsys, run):
-    assert "does not fit" in refused(capsys, "--eval", run, "--hidden-dim", 32)
+@pytest.mark.parametrize("option", [("--hidden-dim", 32), ("--algo", "bc"), ("--env", "antmaze-large-play-v0")])
+def test_evaluating_with_what_a_run_was_not_trained_with_is_refused(capsys, run, option):
+    assert f"another {option[0]}" in refused(capsys, "--eval", run, *option)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

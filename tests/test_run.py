@@ -458,7 +458,7 @@ def test_every_task_has_a_recipe():
 
 
 OVERRIDES = {
-    "algo": "bc", "data": "x.hdf5", "n_generated": 500, "seed": 7, "out": "elsewhere", "device": "cpu", "threads": 1, "epochs": 3,
+    "algo": "bc", "data": "/x.hdf5", "n_generated": 500, "seed": 7, "out": "elsewhere", "device": "cpu", "threads": 1, "epochs": 3,
     "updates_per_epoch": 10, "eval_every": 2, "eval_episodes": 5, "batch_size": 32, "n_timesteps": 10,
     "schedule": "cosine", "hidden_dim": 64, "eta": 0.25, "reward_tune": "normalize", "lr": 1e-4, "critic_lr": 2e-4,
     "lr_decay": "released", "grad_norm": 0.5, "discount": 0.9, "tau": 0.1, "ema_decay": 0.9, "ema_start": 0,
