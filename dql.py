@@ -930,8 +930,8 @@ def parse_arguments(argv: list[str]) -> Config:
     config = tyro.cli(Config, args=argv, default=default, description=__doc__.split("\n\nThe algorithm (")[0])
     check(config)
     if run:
-        free = {"resume", "threads"} if config.resume else {"eval", *"which episodes render device threads seed n_candidates".split()}
-        changed = [k for k, v in asdict(config).items() if k not in free and v != getattr(default, k)]
+        free = "resume threads" if config.resume else "eval which episodes render device threads seed n_candidates"
+        changed = [k for k, v in asdict(config).items() if k not in free.split() and v != getattr(default, k)]
         if changed:
             raise UserError(f"{run} was made with another --{changed[0].replace('_', '-')}, and keeps its own")
     if config.data not in ("auto", "d4rl", "generated"):

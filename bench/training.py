@@ -12,7 +12,6 @@ figure is appended to bench/results/training.csv.
 
 import argparse
 import csv
-import json
 import os
 import shutil
 import sys
@@ -25,6 +24,7 @@ import torch
 from bench.machine import describe
 from bench.straightforward import StraightforwardDQL
 from dql import Batch, DiffusionQL
+from run_folder import save_json
 
 RESULTS = Path(__file__).parent / "results"
 STATE_DIM, ACTION_DIM, BATCH, CANDIDATES = 29, 8, 256, 50
@@ -125,15 +125,6 @@ def measure(calls: dict, seconds: float, min_rounds: int = 5) -> dict:
     return {name: dict(zip(QUANTILES, p), rounds=len(times[name])) for name, p in percentiles.items()}
 
 
-def write_json(path: Path, content: dict) -> None:
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def append_csv(path: Path, rows: list[dict]) -> None:
     new = not path.exists()
     with path.open("a", newline="") as file:
@@ -175,15 +166,15 @@ def main(argv: list[str] | None = None) -> None:
         if compiled:
             torch.compiler.reset()  # compiled code is laid out for a number of threads
         for workload, prepare in workloads.items():
-            for contestant, t in measure(prepare(), seconds).items():
-                base = t["p50"] if contestant == BASELINE else base
-                ratio = round(base / t["p50"], 3)
+            measured = measure(prepare(), seconds)
+            for contestant, t in measured.items():
+                ratio = round(measured[BASELINE]["p50"] / t["p50"], 3)
                 figures.append({"threads": n, "workload": workload, "contestant": contestant, **t, "ratio": ratio})
                 spread = f"{t['p50']:9.2f} ({t['p20']:.2f} to {t['p80']:.2f})"
                 print(f"{n:2d} threads  {workload:20s}  {contestant:16s} {spread:32s} {ratio:5.2f}x", flush=True)
 
     options.out.mkdir(parents=True, exist_ok=True)
-    write_json(options.out / "training_cpu.json", {**where, "quick": options.quick, "figures": figures})
+    save_json(options.out / "training_cpu.json", {**where, "quick": options.quick, "figures": figures})
     rows = [
         {key: where[key] for key in ORIGIN}
         | {key: figure[key] for key in ("threads", "workload", "contestant", "ratio")}
