@@ -150,6 +150,7 @@ def main() -> None:
         folders = list(pool.map(lambda options: make_run(options, arguments.out, arguments.threads), wanted))
     runs = [collect(folder) for folder in folders]
     summary = summarise(runs)
+    RESULTS.mkdir(exist_ok=True)
     results = {**machine.describe(), "summary": summary, "runs": runs}
     if arguments.data == "generated":
         results["data_statistics"] = data_statistics(arguments.env)

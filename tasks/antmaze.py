@@ -337,7 +337,8 @@ def _figure(maze: str, episodes: Episodes, title: str) -> Figure:
     axes.scatter(*start, marker="*", s=130, color=START, edgecolors="white", zorder=4, label="start")
     axes.scatter([], [], s=110, color=GOAL, alpha=0.6, label="goals")
     rim = 0.75 * CELL  # of the outer walls, all that needs to be seen is that they are there
-    axes.set(xlim=(extent[0] + rim, extent[1] - rim), ylim=(extent[2] + rim, extent[3] - rim), title=title)
+    axes.set(xlim=(extent[0] + rim, extent[1] - rim), ylim=(extent[2] + rim, extent[3] - rim))
+    axes.set_title(title, fontsize=9)  # two lines, the second the data's name, must fit the width
     axes.locator_params(steps=[2, 4, 8])
     axes.spines[:].set_visible(False)
     labels = axes.get_legend_handles_labels()
