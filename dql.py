@@ -280,7 +280,7 @@ class DiffusionPolicy(nn.Module):
 
     def _noise(self, x, t, condition):
         w_action, time_share, state_share = condition
-        h = torch.addmm(state_share + time_share[t], x, w_action)
+        h = torch.addmm(state_share, x, w_action).add_(time_share[t])
         for layer in self.mid_layer[1:]:
             h = layer(h)
         return self.final_layer(h)
