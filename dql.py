@@ -195,8 +195,12 @@ class _OneExpMish(torch.autograd.Function):
 
 class Mish(nn.Module):
     def forward(self, x):
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
+        if x.device.type != "cpu":
             return F.mish(x)
+        if torch.compiler.is_compiling():  # the compiler fuses the plain formula, and differentiates it
+            e = x.clamp(max=30.0).exp()
+            k = e + 0.5 * e * e
+            return x * (k / (k + 1))
         if torch.is_grad_enabled() and x.requires_grad:
             return _OneExpMish.apply(x)
         e = x.clamp(max=30.0).exp_()
