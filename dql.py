@@ -526,7 +526,7 @@ class DiffusionQL:
         """One clipped Adam step on loss; returns the gradient's norm before clipping."""
         # Only this module's gradients are asked for: the critics get none from the actor's pass.
         vector.grad = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, list(module.parameters()))])
-        norm = vector.grad.square().sum().sqrt()  # vector_norm adds one by one in float32: two digits worse
+        norm = vector.grad.square().sum().sqrt()  # vector_norm was two digits less accurate here
         if self.grad_norm > 0:
             vector.grad.mul_((self.grad_norm / (norm + 1e-6)).clamp(max=1.0))
         optimizer.step()
