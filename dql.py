@@ -31,6 +31,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.func import functional_call
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Config: every field is also a command-line option; the recipe of the chosen task supplies the defaults
@@ -65,7 +66,7 @@ class Config:
     hidden_dim: int = 256  # width of the three hidden layers of policy and critics
     eta: float = 1.0  # η, weight of the Q term against behaviour cloning
     max_q_backup: bool = False  # target: the best of 10 sampled actions instead of one (CQL's max-Q backup)
-    reward_tune: str = "none"  # none, cql, normalize, iql_antmaze, antmaze or iql_locomotion
+    reward_tune: str = "none"  # none, cql, sparse, normalize, iql_antmaze, antmaze or iql_locomotion
     lr: float = 3e-4  # Adam's rate for the policy
     critic_lr: float = 3e-4  # Adam's rate for the critics
     lr_decay: str = "none"  # none; cosine: to 0 over the run, per epoch; released: the same cosine, stepped per evaluation
@@ -133,8 +134,9 @@ def recipe_config(env: str, quick: bool = False) -> Config:
     if "v2" in env:
         config = replace(config, eval_episodes=10)
     if quick:
-        # In 20k updates the paper's τ = 0.005 carries a reward 100 Bellman steps back; the maze is 160 steps long.
-        config = replace(config, epochs=20, eval_every=5, eval_episodes=50, lr=1e-3, critic_lr=1e-3, tau=0.02, lr_decay="cosine")
+        config = replace(config, epochs=40, eval_every=10, eval_episodes=50, lr=1e-3, critic_lr=1e-3, tau=0.02, lr_decay="cosine")
+        if config.reward_tune == "cql":
+            config = replace(config, reward_tune="sparse")
     return config
 
 
@@ -176,17 +178,20 @@ class _OneExpMish(torch.autograd.Function):
     """mish(x) = x·tanh(softplus(x)) = x·k/(k+1) with k = e + e²/2, e = exp(x): one exponential where ATen takes three.
 
     Two fifths of a CPU update was mish and its backward. Beyond x = 30 the quotient is 1 in float32. The derivative,
-    (k + x·(2k - e)/(k+1))/(k+1), is made on the way, so that one tensor is kept for the backward pass and not three.
+    k/(k+1) - x·(e - 2k)/(k+1)², is made on the way, so that one tensor is kept for the backward pass and not three. The result
+    takes x's place: fresh memory costs more than the arithmetic.
     """
 
     @staticmethod
     def forward(ctx, x):
+        ctx.mark_dirty(x)
         e = x.clamp(max=30.0).exp_()
         k = torch.addcmul(e, e, e, value=0.5)
-        q = k + 1
-        y = k.div(q).mul_(x)
-        ctx.save_for_backward(k.sub_(e.sub_(k, alpha=2).div_(q).mul_(x)).div_(q))
-        return y
+        r = (k + 1).reciprocal_()
+        slope = e.sub_(k, alpha=2).mul_(r).mul_(r).mul_(x)
+        k.mul_(r)
+        ctx.save_for_backward(torch.sub(k, slope, out=slope))
+        return x.mul_(k)
 
     @staticmethod
     def backward(ctx, grad):
@@ -194,6 +199,8 @@ class _OneExpMish(torch.autograd.Function):
 
 
 class Mish(nn.Module):
+    """On a CPU x is overwritten, as with nn.Mish(inplace=True)."""
+
     def forward(self, x):
         if x.device.type != "cpu":
             return F.mish(x)
@@ -205,7 +212,7 @@ class Mish(nn.Module):
             return _OneExpMish.apply(x)
         e = x.clamp(max=30.0).exp_()
         k = e.addcmul_(e, e, value=0.5)
-        return k.div(k + 1).mul_(x)
+        return x.mul_(k.div_(k + 1))
 
 
 class SinusoidalEmbedding(nn.Module):
@@ -354,6 +361,12 @@ class TwinCritic(nn.Module):
             state = state.repeat_interleave(len(action) // len(state), 0)
         x = torch.cat([state, action], dim=1)
         return self.q1_model(x), self.q2_model(x)
+
+    def single(self, weights, state, action):
+        """One critic, its weights a flat vector in the order of q1_model's parameters: (B,S), (B,A) -> (B,1)."""
+        parameters = dict(self.q1_model.named_parameters())
+        views = (w.view_as(p) for w, p in zip(weights.split([p.numel() for p in parameters.values()]), parameters.values()))
+        return functional_call(self.q1_model, dict(zip(parameters, views)), torch.cat([state, action], dim=1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -516,11 +529,12 @@ class DiffusionQL:
         if self.algo == "bc":
             return bc_loss, torch.zeros_like(bc_loss)
         action = self.policy.sample(batch.state, x_T=noise.actor_x_T, noises=noise.actor_noises)
-        q1, q2 = self.critic(batch.state, action)
-        # L_q = -mean Q_i / mean|Q_j|: i and j exchange roles by a coin, so that neither critic is preferred.
-        heads = noise.coin > 0.5
-        climbed, scale = torch.where(heads, q1, q2), torch.where(heads, q2, q1)
-        return bc_loss, -climbed.mean() / scale.detach().abs().mean()
+        # L_q = -mean Q_i / mean|Q_j|: i and j exchange roles by a coin, so that neither critic is preferred. What it exchanges is
+        # their weights: one critic alone is then differentiated, and nothing has to wait to see how the coin fell.
+        heads, (one, two) = noise.coin > 0.5, self.critic_vector.detach().view(2, -1)
+        climbed = self.critic.single(torch.where(heads, one, two), batch.state, action)
+        scale = self.critic.single(torch.where(heads, two, one), batch.state, action.detach())
+        return bc_loss, -climbed.mean() / scale.abs().mean()
 
     def _descend(self, loss, module, vector, optimizer):
         """One clipped Adam step on loss; returns the gradient's norm before clipping."""
@@ -619,6 +633,8 @@ def tune_rewards(rewards, how, *, terminals=None, observations=None, next_observ
         return rewards
     if how == "cql":
         return (rewards - 0.5) * 4
+    if how == "sparse":
+        return rewards * 1000
     if how == "normalize":
         return (rewards - rewards.mean()) / rewards.std()
     if how == "iql_antmaze":
@@ -632,7 +648,7 @@ def tune_rewards(rewards, how, *, terminals=None, observations=None, next_observ
         starts = np.concatenate([[0], np.flatnonzero(ends[:-1]) + 1])
         returns = np.add.reduceat(rewards.astype(np.float64), starts)
         return (rewards / (returns.max() - returns.min()) * 1000).astype(np.float32)
-    raise ValueError(f"unknown reward_tune {how!r}; known: none, cql, normalize, iql_antmaze, antmaze, iql_locomotion")
+    raise ValueError(f"unknown reward_tune {how!r}; known: none, cql, sparse, normalize, iql_antmaze, antmaze, iql_locomotion")
 
 
 class Transitions:
@@ -898,7 +914,7 @@ def check(config: Config) -> None:
         algo=("ql", "bc"),
         schedule=("vp", "linear", "cosine"),
         lr_decay=("none", "cosine", "released"),
-        reward_tune=("none", "cql", "normalize", "iql_antmaze", "antmaze", "iql_locomotion"),
+        reward_tune=("none", "cql", "sparse", "normalize", "iql_antmaze", "antmaze", "iql_locomotion"),
         which=("last", "best", "offline", "offline_released"),
     )
     for name, known in choices.items():
@@ -919,9 +935,11 @@ def parse_arguments(argv: list[str]) -> Config:
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for option in ("--env", "--resume", "--eval"):
-        first.add_argument(option, default="")
+        first.add_argument(option)
     first.add_argument("--quick", action="store_true")
     chosen, _ = first.parse_known_args(argv)
+    if "" in (chosen.resume, chosen.eval):  # what a script with an unset variable passes: not a new run
+        raise UserError("--resume and --eval take the folder of a run, for example runs/NAME; got an empty name")
     run = chosen.resume or chosen.eval
     if run:
         try:

@@ -58,7 +58,7 @@ from .antmaze import (
 from .task import TaskError
 from .walker import walk
 
-RECIPE_VERSION = 1  # raise it whenever the same seed would give other data: part of the cached file's name
+RECIPE_VERSION = 3  # raise it whenever the same seed would give other data: part of the cached file's name
 MAX_ANTS = 512  # enough to hide numpy's overhead behind the physics
 
 
@@ -70,12 +70,15 @@ class Recipe:
     noise: tuple[float, float] = (0.1, 0.3)
     # Share of targets that are any cell instead of the goal's, drawn anew on each arrival. A clone wanders as much;
     # a Q-function sees which moves pay.
-    wander: float = 0.5
+    wander: float = 0.65
     wander_diverse: float = 0.85
     # U(±) metres per axis: spreads the paths over the corridors, which leave an ant a metre on each side.
-    waypoint_jitter: float = 0.7
+    waypoint_jitter: float = 0.4
+    # Metres: a waypoint counts as no further away than this along each axis. A cell is 4 m, so an ant beside its path comes
+    # back to it early, and the data show how.
+    lookahead: float = 1.5
     # Steps a trajectory goes on after touching its goal; each is a terminal as long as it stays within 0.5 m.
-    linger: int = 2
+    linger: int = 3
     # Steps on the back or within a circle of 1 m before a trajectory ends: some dead ants, since a policy
     # meets such states too, but not the hundreds of steps that a fall would otherwise last.
     patience: int = 60
@@ -162,6 +165,7 @@ class Herd:
         step = planner.next_cell[target_cell, here]
         waypoint = self.waypoints[np.arange(len(xy)), step]
         heading = np.where((step == target_cell)[:, None], self.targets, waypoint) - xy
+        heading = np.clip(heading, -self.recipe.lookahead, self.recipe.lookahead)
         heading /= np.linalg.norm(heading, axis=1, keepdims=True) + 1e-8
         noisy = walk(qpos, qvel, heading) + self.noise * self.rng.standard_normal((len(xy), 8))
         return np.clip(noisy, -1, 1)
