@@ -595,6 +595,10 @@ class DiffusionQL:
         action = action[0] if single else action
         return action.to(state.device) if torch.is_tensor(state) else action.cpu().numpy()
 
+    def __deepcopy__(self, memo):
+        # The copy's parameters would no longer be views of its flat vectors, and training it would change nothing.
+        raise TypeError("an agent cannot be deep-copied: make another DiffusionQL and load_state_dict(agent.state_dict())")
+
     def networks(self) -> dict:
         return {name: getattr(self, name) for name in ("policy", "policy_ema", "critic", "critic_target")}
 
@@ -754,6 +758,8 @@ def train(config: Config):
 
     device = choose_device(config)
     task = tasks.get(config.env)
+    if not config.resume:
+        RunFolder.require_writable(config.out)
     # Every seed of a run learns from the same data.
     log = lambda line: print(line, flush=True)  # noqa: E731
     dataset = tasks.load(task, config.data, seed=0, n_generated=config.n_generated, log=log)

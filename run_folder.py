@@ -14,6 +14,7 @@ moved when whole, so that a run killed at any moment leaves files that can be re
 
 import json
 import platform
+import tempfile
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -114,6 +115,15 @@ class RunFolder:
         self.path = Path(path)
         self.records: list[dict] = []
         self._tensorboard = None
+
+    @staticmethod
+    def require_writable(parent: str) -> None:
+        """Raise RunError unless run folders can be made in parent: asked before minutes go into the data."""
+        try:
+            path = Path(parent).absolute()
+            tempfile.TemporaryFile(dir=next(p for p in (path, *path.parents) if p.exists())).close()
+        except OSError as e:
+            raise RunError(f"cannot make a run's folder in {parent}: {e.strerror}; choose another with --out") from e
 
     @classmethod
     def create(cls, parent: str, name: str, config: dict) -> "RunFolder":

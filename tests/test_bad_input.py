@@ -69,7 +69,7 @@ def test_an_unknown_task_lists_the_nearest(capsys):
     [
         ("--algo", "ql, bc"),
         ("--schedule", "vp, linear, cosine"),
-        ("--reward-tune", "none, cql, normalize, iql_antmaze, antmaze, iql_locomotion"),
+        ("--reward-tune", "none, cql, sparse, normalize, iql_antmaze, antmaze, iql_locomotion"),
         ("--lr-decay", "none, cosine, released"),
         ("--which", "last, best, offline, offline_released"),
     ],
@@ -134,6 +134,18 @@ def test_cuda_without_a_gpu_is_refused(capsys, data):
 
 def test_resume_and_eval_exclude_each_other(capsys, finished):
     assert "exclude" in refused(capsys, "--resume", finished, "--eval", finished)
+
+
+@pytest.mark.parametrize("option", ["--resume", "--eval"])
+def test_an_empty_name_of_a_run_does_not_start_a_new_one(capsys, tmp_path, option):
+    assert option in refused(capsys, option, "", "--out", tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_folder_for_runs_that_cannot_be_made_is_noticed_before_the_data_are_read(capsys, tmp_path, data):
+    (tmp_path / "file").touch()
+    message = refused(capsys, *TINY, "--data", "no such file.hdf5", "--out", tmp_path / "file" / "runs")
+    assert str(tmp_path / "file") in message and "--out" in message
 
 
 def test_filming_without_a_run_to_film_is_refused(capsys, data):

@@ -3,6 +3,7 @@
 Bounds against the oracle are twice the released float32 code's own error against the same float64 numbers.
 """
 
+import copy
 import io
 import math
 import subprocess
@@ -222,6 +223,11 @@ def test_mish_and_its_gradient_over_the_whole_range(dtype, tolerance):
     with torch.no_grad():
         without_graph = Mish()(x.clone())
     assert ((without_graph - expected).abs() / scale).max() < tolerance
+
+
+def test_an_agent_refuses_a_deep_copy_whose_training_would_do_nothing():
+    with pytest.raises(TypeError, match="load_state_dict"):
+        copy.deepcopy(DiffusionQL(3, 2, hidden_dim=16))
 
 
 def test_samples_differentiate_through_the_whole_chain_and_both_clamps():
