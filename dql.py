@@ -134,9 +134,9 @@ def recipe_config(env: str, quick: bool = False) -> Config:
     if "v2" in env:
         config = replace(config, eval_episodes=10)
     if quick:
-        config = replace(config, epochs=40, eval_every=10, eval_episodes=50, lr=1e-3, critic_lr=1e-3, tau=0.02, lr_decay="cosine")
+        config = replace(config, epochs=20, eval_every=5, eval_episodes=50, lr=1e-3, critic_lr=1e-3, tau=0.02, lr_decay="cosine")
         if config.reward_tune == "cql":
-            config = replace(config, reward_tune="sparse")
+            config = replace(config, reward_tune="sparse", eta=0.1 * config.eta)
     return config
 
 
@@ -638,7 +638,7 @@ def tune_rewards(rewards, how, *, terminals=None, observations=None, next_observ
     if how == "cql":
         return (rewards - 0.5) * 4
     if how == "sparse":
-        return rewards * 1000
+        return rewards * 200
     if how == "normalize":
         return (rewards - rewards.mean()) / rewards.std()
     if how == "iql_antmaze":

@@ -58,7 +58,7 @@ from .antmaze import (
 from .task import TaskError
 from .walker import walk
 
-RECIPE_VERSION = 3  # raise it whenever the same seed would give other data: part of the cached file's name
+RECIPE_VERSION = 2  # raise it whenever the same seed would give other data: part of the cached file's name
 MAX_ANTS = 512  # enough to hide numpy's overhead behind the physics
 
 
@@ -70,13 +70,17 @@ class Recipe:
     noise: tuple[float, float] = (0.1, 0.3)
     # Share of targets that are any cell instead of the goal's, drawn anew on each arrival. A clone wanders as much;
     # a Q-function sees which moves pay.
-    wander: float = 0.65
+    wander: float = 0.5
     wander_diverse: float = 0.85
     # U(±) metres per axis: spreads the paths over the corridors, which leave an ant a metre on each side.
     waypoint_jitter: float = 0.4
     # Metres: a waypoint counts as no further away than this along each axis. A cell is 4 m, so an ant beside its path comes
     # back to it early, and the data show how.
     lookahead: float = 1.5
+    # Mean number of steps until an ant strays in a random direction, and for how many steps it does: to the walls, more often
+    # than not. So the data say what pressing against a wall is worth.
+    stray_every: float = 120
+    stray: tuple[int, int] = (10, 40)
     # Steps a trajectory goes on after touching its goal; each is a terminal as long as it stays within 0.5 m.
     linger: int = 3
     # Steps on the back or within a circle of 1 m before a trajectory ends: some dead ants, since a policy
@@ -134,6 +138,7 @@ class Herd:
         self.noise = np.zeros((n, 1))
         self.anchor, self.idle = np.zeros((n, 2)), np.zeros(n, int)
         self.touched, self.lingered = np.zeros(n, bool), np.zeros(n, int)
+        self.straying, self.astray = np.zeros(n, int), np.zeros((n, 2))  # steps that remain, and in which direction
 
     def begin(self, who: np.ndarray) -> np.ndarray:
         """Start new trajectories for the ants who (k,), by index; returns their starting places (k, 2)."""
@@ -142,7 +147,7 @@ class Herd:
         jitter = recipe.waypoint_jitter * rng.uniform(-1, 1, (len(who), *planner.centers.shape))
         self.waypoints[who] = planner.centers + jitter
         self.noise[who] = rng.uniform(*recipe.noise, (len(who), 1))
-        self.idle[who], self.touched[who], self.lingered[who] = 0, False, 0
+        self.idle[who], self.touched[who], self.lingered[who], self.straying[who] = 0, False, 0, 0
         self.aim(who)
         starts = planner.centers[rng.choice(planner.free, len(who))]
         starts = starts if multistart(self.task) else np.zeros((len(who), 2))
@@ -167,8 +172,19 @@ class Herd:
         heading = np.where((step == target_cell)[:, None], self.targets, waypoint) - xy
         heading = np.clip(heading, -self.recipe.lookahead, self.recipe.lookahead)
         heading /= np.linalg.norm(heading, axis=1, keepdims=True) + 1e-8
+        self.stray()
+        heading = np.where((self.straying > 0)[:, None], self.astray, heading)
         noisy = walk(qpos, qvel, heading) + self.noise * self.rng.standard_normal((len(xy), 8))
         return np.clip(noisy, -1, 1)
+
+    def stray(self) -> None:
+        """One step nearer to the end of straying for those who do; some of the others begin."""
+        rng, n = self.rng, len(self.straying)
+        begins = (self.straying == 0) & (rng.random(n) < 1 / self.recipe.stray_every)
+        angle = rng.uniform(0, 2 * np.pi, n)
+        self.astray[begins] = np.stack([np.cos(angle), np.sin(angle)], axis=1)[begins]
+        duration = rng.integers(*self.recipe.stray, n, endpoint=True)
+        self.straying = np.where(begins, duration, np.maximum(self.straying - 1, 0))
 
     def arrive(self, qpos: np.ndarray, touched: np.ndarray) -> np.ndarray:
         """Note who touched their goal (n,), give new targets to those who arrived; returns whose trajectory is over (n,)."""
