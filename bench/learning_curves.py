@@ -1,10 +1,11 @@
 """Behaviour cloning against Diffusion-QL: learning curves over several seeds, trained with dql.py's own command line.
 
-    python -m bench.learning_curves                     # antmaze-umaze-v0, quick recipe, seeds 0 1 2: a few hours of CPU
+    python -m bench.learning_curves                     # antmaze-umaze-v0, quick recipe, seeds 0 1 2: an hour of CPU
     python -m bench.learning_curves --jobs 2 --threads 1
 
 Each run is the command `python dql.py --env ENV --data DATA --algo ALGO --seed SEED --quick`, in runs/learning_curves. A run
-that is there is not made again, one that was interrupted is resumed. Writes bench/results/learning_curves.json and .png.
+that is there is not made again, one that was interrupted is resumed; after a change of the generated data take another --out.
+Writes bench/results/learning_curves.json and .png.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import h5py
@@ -23,6 +25,7 @@ from matplotlib.image import imread
 import tasks
 from atomic import written_whole
 from bench import machine
+from dql import recipe_config
 from run_folder import RunFolder, save_json
 from tasks.generate import cached
 
@@ -33,10 +36,12 @@ NAMES = {"bc": "behaviour cloning (--algo bc)", "ql": "Diffusion-QL (--algo ql)"
 
 
 def find_run(out: Path, options: dict) -> Path | None:
-    """The newest run folder below out that was made with these options."""
+    """The newest run folder below out that was made with these options and today's quick recipe."""
+    wanted = asdict(recipe_config(options["env"], quick=True)) | options
+    wanted = {k: v for k, v in wanted.items() if k not in ("out", "threads")}
     for config in sorted(out.glob("*/config.json"), reverse=True):
         saved = json.loads(config.read_text())["config"]
-        if all(saved[k] == v for k, v in options.items()):
+        if all(saved.get(k) == v for k, v in wanted.items()):
             return config.parent
     return None
 

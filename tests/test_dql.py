@@ -611,6 +611,7 @@ def test_reward_tuning():
     expected = {
         "none": rewards,
         "cql": (rewards - 0.5) * 4,
+        "sparse": rewards * 200,
         "normalize": (rewards - 1) / np.sqrt(1.5, dtype=np.float32),
         "iql_antmaze": rewards - 1,
         "antmaze": (rewards - 0.25) * 2,

@@ -491,10 +491,13 @@ def comments():
 def test_quick_changes_what_it_says_and_nothing_else(env):
     paper, quick = dql.parse_arguments(["--env", env]), dql.parse_arguments(["--env", env, "--quick"])
     changed = {k for k, v in dataclasses.asdict(quick).items() if v != getattr(paper, k)}
-    assert changed <= {"quick", "epochs", "eval_every", "eval_episodes", "lr", "critic_lr", "lr_decay", "tau"}
+    assert changed <= {
+        "quick", "epochs", "eval_every", "eval_episodes", "lr", "critic_lr", "lr_decay", "tau", "reward_tune", "eta"
+    }  # fmt: skip
+    assert quick.reward_tune == "sparse" and quick.eta == pytest.approx(0.1 * paper.eta)
     assert quick.lr == quick.critic_lr == 1e-3 and quick.lr_decay == "cosine"
     said = comments()["quick"]
-    for words in (f"{quick.epochs} epochs", f"tau {quick.tau}", f"{quick.eval_episodes} episodes", "1e-3"):
+    for words in (f"{quick.epochs} epochs", f"tau {quick.tau}", f"{quick.eval_episodes} episodes", "1e-3", "sparse", "0.1·η"):
         assert words in said
 
 
