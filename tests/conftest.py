@@ -1,12 +1,17 @@
 """What the tests share: the repository's root on the path, and the oracle's numbers."""
 
+import os
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch._dynamo  # noqa: F401  brings triton where it is installed: its LLVM crashes if Mesa's software OpenGL came first
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, and triton defines some when imported
+
+import torch._dynamo  # noqa: E402, F401  brings triton where it is installed: its LLVM crashes if Mesa's OpenGL came first
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:

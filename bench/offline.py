@@ -1,0 +1,96 @@
+"""What ptxas makes of the shipped kernels, without a GPU: registers, spills, shared memory, tensor-core instructions.
+
+    python -m bench.offline                # sm_80, sm_90 and sm_100: minutes
+    python -m bench.offline --arch 90
+
+Nothing is timed. Spills are local loads and stores counted in the machine code: n_spills needs a device.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels import sampler
+from kernels.packing import PRECISIONS
+
+ARCHITECTURES = (80, 90, 100)
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+COUNTED = ("HGMMA", "LDGSTS", "UTCHMMA", "HMMA", "FFMA", "MUFU", "LDL", "STL", "BPT")  # BPT: the trap of a failed compilation
+
+
+def compile_for(arch: int, kernel, signature: dict, constants: dict, **options) -> dict:
+    """Compile one kernel; signature: name -> type of each argument that is not a constant. -> what was found"""
+    types = {name: "constexpr" if name in constants else signature[name] for name in kernel.arg_names}
+    # What a launch would find out: torch aligns its tensors, and 0 is a multiple of 16.
+    aligned = {(i,): [["tt.divisibility", 16]] for i, (name, t) in enumerate(types.items()) if t[0] == "*" or name == "zero"}
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
+    start = time.perf_counter()
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    seconds = time.perf_counter() - start
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        path = os.pathsep.join([str(TOOLS), os.environ["PATH"]])
+        sass, usage = (
+            subprocess.run(
+                [TOOLS / "cuobjdump", what, file.name], capture_output=True, text=True, check=True, env={**os.environ, "PATH": path}
+            ).stdout
+            for what in ("-sass", "-res-usage")
+        )
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    return {
+        "arch": arch,
+        "registers": registers,
+        "stack": stack,
+        "shared": compiled.metadata.shared,
+        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.M)),
+        **{name: len(re.findall(rf"\b{name}\b", sass)) for name in COUNTED},
+        "seconds": round(seconds, 1),
+    }
+
+
+def sampler_cases(arch: int) -> dict:
+    """name -> (kernel, signature, constants, options) of every tile and precision that sm_{arch} gets, at antmaze's sizes."""
+    pointers = {n: "*fp32" for n in ("state", "x_T", "noises", "out", "coefficients", "bias", "bias_4")}
+    numbers = {"seed": "i32", "n_rows": "i32", "zero": "i32", "max_action": "fp32"}
+    weights = [n + low for n in ("w_state", "w_action", "w_2", "w_3", "w_4") for low in ("", "_low")]
+    cases = {}
+    for n_rows in (64, 1 << 20):
+        for precision in PRECISIONS:
+            tile = sampler.choose_tile(n_rows, precision, arch)
+            stored = "*fp16" if precision.startswith("fp16") else "*fp32"
+            signature = {**pointers, **numbers, "counter": "*i32", **{w: stored for w in weights}}
+            constants = {
+                "per_state": 1, "STATE_DIM": 29, "ACTION_DIM": 8, "T": 5, "GIVEN": False, "ROWS": tile.rows, "S": 32, "A": 16, "H": 256,
+                "CHUNK": tile.chunk, "SCALE": 2.0**-8 if precision == "fp16x3" else 1.0, "PRECISION": precision,
+                "TURNED": tile.turned, "STAGES": tile.stages, "PTX": True,
+            }  # fmt: skip
+            name = f"sampler {n_rows} {precision}"
+            cases[name] = sampler._sampler, signature, constants, {"num_warps": tile.warps}
+    return cases
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES))
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    options = parser.parse_args(argv)
+    for arch in options.arch:
+        for name, (kernel, signature, constants, how) in sampler_cases(arch).items():
+            if options.only in name:
+                found = compile_for(arch, kernel, signature, constants, **how)
+                print(f"{name:24s}", json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

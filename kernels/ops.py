@@ -1,0 +1,124 @@
+"""Device functions the kernels share: mish in base 2, standard normals, matrix products at four precisions, and layouts.
+
+A kernel holds its activations either with rows on the first axis, (rows, features), or turned, (features, rows): TURNED is
+a compile-time constant of every function that has to know.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def mish(u, PTX: tl.constexpr):
+    """log2(e)·mish(x) of u = log2(e)·x. With e = exp(x) = 2^u, mish(x) = x - x/(1 + e + e²/2).
+
+    Packing scales what enters the first activation by log2(e) and what leaves the last one by its inverse; in between the
+    factor passes through. PTX: four elements share one reciprocal, 1.25 special-function operations each instead of 2.
+    Beyond u = 15 the quotient is less than rounding, so e may be clamped where the product of four must not overflow.
+    """
+    if PTX:
+        return tl.inline_asm_elementwise(
+            """{ .reg .f32 e, a, b, c, d, p, q, r;
+            min.f32 e, $4, 0f41700000; ex2.approx.ftz.f32 e, e;
+            fma.rn.f32 a, e, 0f3F000000, 0f3F800000; fma.rn.f32 a, e, a, 0f3F800000;
+            min.f32 e, $5, 0f41700000; ex2.approx.ftz.f32 e, e;
+            fma.rn.f32 b, e, 0f3F000000, 0f3F800000; fma.rn.f32 b, e, b, 0f3F800000;
+            min.f32 e, $6, 0f41700000; ex2.approx.ftz.f32 e, e;
+            fma.rn.f32 c, e, 0f3F000000, 0f3F800000; fma.rn.f32 c, e, c, 0f3F800000;
+            min.f32 e, $7, 0f41700000; ex2.approx.ftz.f32 e, e;
+            fma.rn.f32 d, e, 0f3F000000, 0f3F800000; fma.rn.f32 d, e, d, 0f3F800000;
+            mul.f32 p, a, b; mul.f32 q, c, d; mul.f32 r, p, q; rcp.approx.ftz.f32 r, r; neg.f32 r, r;
+            mul.f32 q, q, r; mul.f32 p, p, r;
+            mul.f32 b, b, q; mul.f32 a, a, q; mul.f32 d, d, p; mul.f32 c, c, p;
+            fma.rn.f32 $0, $4, b, $4; fma.rn.f32 $1, $5, a, $5; fma.rn.f32 $2, $6, d, $6; fma.rn.f32 $3, $7, c, $7; }""",
+            "=f,=f,=f,=f,f,f,f,f",
+            [u],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=4,
+        )
+    e = tl.exp2(tl.minimum(u, 60.0))
+    return u - u / (e * (e * 0.5 + 1.0) + 1.0)
+
+
+@triton.jit
+def _box_muller(a, b):
+    """Two uniform uint32 -> two independent standard normals, within ±5.8: the smallest uniform is 2⁻²⁴.
+
+    Sine and cosine are polynomials on an eighth of a turn, to which the angle is reduced exactly: libdevice's cosine would
+    bring a slow path and a stack frame.
+    """
+    uniform = ((a >> 9).to(tl.int32).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2⁻²³
+    turn = (b >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08  # 2⁻²⁴
+    radius = tl.sqrt(-2.0 * tl.log(uniform))
+    nearest = tl.floor(turn * 4.0 + 0.5)
+    w = (turn - nearest * 0.25) * 6.283185307179586
+    quarter = nearest.to(tl.int32)
+    w2 = w * w
+    s = w * (1.0 + w2 * (-1.6666666e-1 + w2 * (8.3333310e-3 + w2 * -1.9840874e-4)))
+    c = 1.0 + w2 * (-0.5 + w2 * (4.1666640e-2 + w2 * (-1.3888397e-3 + w2 * 2.4760495e-5)))
+    odd = (quarter & 1) == 1
+    cosine, sine = tl.where(odd, s, c), tl.where(odd, c, s)
+    cosine = tl.where(((quarter + 1) & 2) == 2, -cosine, cosine)
+    sine = tl.where((quarter & 2) == 2, -sine, sine)
+    return radius * cosine, radius * sine
+
+
+@triton.jit
+def normals(seed, draw, step, row, COLUMNS: tl.constexpr):
+    """N(0,1), (rows, COLUMNS): a function of seed, draw, step, row (rows,) int32 and column alone, whatever the tile.
+
+    Philox-4x32-10's counter is (row, column // 4, step, draw); its four words give four normals side by side.
+    """
+    group = tl.arange(0, COLUMNS // 4)
+    zero = row[:, None] * 0 + group[None, :] * 0
+    a, b, c, d = tl.philox(seed, row[:, None] + zero, group[None, :] + zero, zero + step, zero + draw)
+    n0, n1 = _box_muller(a, b)
+    n2, n3 = _box_muller(c, d)
+    pairs = tl.join(tl.join(n0, n2), tl.join(n1, n3))
+    return tl.reshape(pairs, [row.shape[0], COLUMNS])
+
+
+@triton.jit
+def features(v, TURNED: tl.constexpr):
+    """A vector along the axis of features."""
+    return v[:, None] if TURNED else v[None, :]
+
+
+@triton.jit
+def rows(v, TURNED: tl.constexpr):
+    """A vector along the axis of rows."""
+    return v[None, :] if TURNED else v[:, None]
+
+
+@triton.jit
+def _dot(x, w, total, INPUTS: tl.constexpr, TURNED: tl.constexpr):
+    if TURNED:
+        total = tl.dot(w, x, total, input_precision=INPUTS)
+    else:
+        total = tl.dot(x, w, total, input_precision=INPUTS)
+    return total
+
+
+@triton.jit
+def linear(x, weight, low, out_index, in_index, stride, total, PRECISION: tl.constexpr, TURNED: tl.constexpr):
+    """total + x·Wᵀ, W being the rows out_index and columns in_index of a matrix with stride elements a row.
+
+    fp16x3 splits x into two halves and meets weights that were split beforehand: three products, fp32's accuracy.
+    """
+    where = features(out_index, TURNED) * stride + rows(in_index, TURNED)
+    w = tl.load(weight + where)
+    if PRECISION == "fp16x3":
+        high = x.to(tl.float16)
+        rest = (x - high.to(tl.float32)).to(tl.float16)
+        w_low = tl.load(low + where)
+        total = _dot(rest, w, total, "ieee", TURNED)
+        total = _dot(high, w_low, total, "ieee", TURNED)
+        total = _dot(high, w, total, "ieee", TURNED)
+    elif PRECISION == "fp16":
+        total = _dot(x.to(tl.float16), w, total, "ieee", TURNED)
+    elif PRECISION == "tf32":
+        total = _dot(x, w, total, "tf32", TURNED)
+    else:
+        total = _dot(x, w, total, "ieee", TURNED)
+    return total

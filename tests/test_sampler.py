@@ -1,0 +1,302 @@
+"""The fused sampler against the eager chain in float64, at sizes that fill no tile. On a CPU in Triton's interpreter."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+triton = pytest.importorskip("triton", reason="triton has no package for this platform")
+import triton.language as tl  # noqa: E402
+
+import kernels  # noqa: E402
+from dql import DiffusionPolicy  # noqa: E402
+from kernels import FusedSampler, UnsupportedError  # noqa: E402
+from kernels.ops import normals  # noqa: E402
+from kernels.packing import PRECISIONS  # noqa: E402
+from kernels.sampler import LARGE, SMALL, choose_tile  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter computes whole tiles, so it gets the large one with fewer rows: the same code.
+TILES = {"small": SMALL, "large": LARGE["tf32"] if DEVICE == "cuda" else LARGE["fp16"]._replace(rows=32)}
+
+
+def make_policy(state_dim=11, action_dim=3, *, gain=1.0, seed=0, **how):
+    torch.manual_seed(seed)
+    policy = DiffusionPolicy(state_dim, action_dim, **{"hidden_dim": 128} | how).requires_grad_(False)
+    for p in policy.parameters():
+        p *= gain
+    return policy.to(DEVICE)
+
+
+def make_noise(policy, n, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    shapes = (n, policy.state_dim), (n, policy.action_dim), (policy.n_timesteps, n, policy.action_dim)
+    return [torch.randn(*shape, generator=g).to(DEVICE) for shape in shapes]
+
+
+def round_to_tf32(x):
+    """To 10 bits of mantissa, as tensor cores read float32."""
+    return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+ROUND = {"fp16": lambda x: x.half().float(), "tf32": round_to_tf32, "fp16x3": lambda x: x, "fp32": lambda x: x}
+
+
+def eager_at(policy, precision, state, x_T, noises):
+    """The eager chain, float32, with every operand of a matrix product rounded to the precision."""
+
+    def linear(layer, x):
+        return F.linear(ROUND[precision](x), ROUND[precision](layer.weight), layer.bias)
+
+    x, m = x_T, policy.max_action
+    for k, t in enumerate(reversed(range(policy.n_timesteps))):
+        time = policy.time_mlp(torch.full((len(x),), t, device=x.device))
+        h = torch.cat([x, time, state], dim=1)
+        for layer in policy.mid_layer[::2]:
+            h = F.mish(linear(layer, h))
+        x_0 = (policy.x0_from_x[t] * x - policy.x0_from_eps[t] * linear(policy.final_layer, h)).clamp(-m, m)
+        x = policy.mean_from_x0[t] * x_0 + policy.mean_from_x[t] * x + (policy.sigma[t] * noises[k] if t else 0)
+    return x.clamp(-m, m)
+
+
+def exact(policy, state, x_T, noises):
+    policy = copy.deepcopy(policy).double()
+    return policy.sample(state.double(), x_T=x_T.double(), noises=noises.double())
+
+
+def error(actual, expected):
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+# state, action, hidden, T, schedule, max_action
+SIZES = [
+    (11, 3, 128, 5, "vp", 1.0),
+    (17, 6, 256, 5, "linear", 1.0),
+    (29, 8, 256, 10, "vp", 0.7),
+    (45, 24, 128, 5, "cosine", 1.0),
+    (60, 9, 512, 1, "vp", 2.0),
+    (1, 1, 128, 3, "vp", 1.0),
+    (128, 32, 128, 2, "vp", 1.0),
+    (2, 2, 128, 50, "vp", 1.0),
+]
+
+
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("gain", [1.0, 3.0])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("state_dim, action_dim, hidden_dim, T, schedule, max_action", SIZES)
+def test_error_is_at_most_twice_that_of_the_eager_chain_at_the_same_precision(
+    state_dim, action_dim, hidden_dim, T, schedule, max_action, precision, gain, tile
+):
+    policy = make_policy(
+        state_dim, action_dim, hidden_dim=hidden_dim, n_timesteps=T, schedule=schedule, max_action=max_action, gain=gain
+    )
+    inputs = make_noise(policy, 50 if T < 10 else 17)
+    expected = exact(policy, *inputs)
+    eager = error(eager_at(policy, precision, *inputs), expected)
+    fused = error(FusedSampler(policy, precision)(*inputs, tile=TILES[tile]), expected)
+    assert fused <= 2 * eager, f"fused {fused:.2e}, eager {eager:.2e}"
+
+
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("n", [1, 17, 65])
+def test_rows_do_not_depend_on_how_many_there_are(n, tile):
+    policy = make_policy(29, 8, n_timesteps=2)
+    sampler, (state, x_T, noises) = FusedSampler(policy), make_noise(policy, 129)
+    whole = sampler(state, x_T, noises, tile=TILES[tile])
+    part = sampler(state[:n], x_T[:n], noises[:, :n].contiguous(), tile=TILES[tile])
+    assert torch.equal(part, whole[:n])
+    assert torch.equal(sampler(state[:n], seed=4, tile=TILES[tile]), sampler(state, seed=4, tile=TILES[tile])[:n])
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_every_element_is_written_and_nothing_past_the_end(tile):
+    policy = make_policy(17, 6)
+    sampler, inputs = FusedSampler(policy), make_noise(policy, 50)
+    memory = torch.full((80, 6), math.nan, device=DEVICE)
+    sampler(*inputs, out=memory[10:60], tile=TILES[tile])
+    assert memory[10:60].isfinite().all()
+    assert memory[:10].isnan().all() and memory[60:].isnan().all()
+
+
+def test_several_rows_of_noise_may_belong_to_a_state():
+    policy = make_policy()
+    state, x_T, noises = make_noise(policy, 30)
+    together = FusedSampler(policy)(state[:10], x_T, noises)
+    assert torch.equal(together, FusedSampler(policy)(state[:10].repeat_interleave(3, 0), x_T, noises))
+
+
+def test_actions_stay_within_the_box_and_reach_it():
+    policy = make_policy(max_action=0.5, gain=3.0)
+    action = FusedSampler(policy)(make_noise(policy, 100)[0])
+    assert action.abs().max() == 0.5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Noise drawn in the kernel
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def draw(out, seed, call, step, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    where = row[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    tl.store(out + where, normals(seed, call, step, row, COLUMNS))
+
+
+def drawn(n=4096, columns=16, seed=0, call=0, step=0, tile=256):
+    out = torch.empty(n, columns, device=DEVICE)
+    draw[(n // tile,)](out, seed, call, step, COLUMNS=columns, ROWS=tile)
+    return out.double().cpu().numpy()
+
+
+def test_drawn_normals_have_the_moments_and_the_distribution_of_normals():
+    x = drawn(1 << 15).ravel()  # 524,288 of them: bounds are five standard errors
+    n = len(x)
+    assert abs(x.mean()) < 5 / n**0.5
+    assert abs(x.var() - 1) < 5 * (2 / n) ** 0.5
+    assert abs((x**3).mean()) < 5 * (15 / n) ** 0.5
+    assert abs((x**4).mean() - 3) < 5 * (96 / n) ** 0.5
+    cumulative = 0.5 * (1 + torch.erf(torch.from_numpy(np.sort(x)) / 2**0.5).numpy())
+    ranks = np.arange(n + 1) / n
+    distance = max((ranks[1:] - cumulative).max(), (cumulative - ranks[:-1]).max())
+    assert distance * n**0.5 < 1.95  # Kolmogorov-Smirnov at 0.1 %
+
+
+def test_normals_of_other_rows_columns_steps_calls_and_seeds_are_independent():
+    x = drawn()
+    others = {
+        "rows": (x[:-1], x[1:]),
+        "columns": (x[:, :-1], x[:, 1:]),
+        "columns of two draws": (x[:, :-4], x[:, 4:]),
+        "steps": (x, drawn(step=1)),
+        "calls": (x, drawn(call=1)),
+        "seeds": (x, drawn(seed=1)),
+        "high bits of seeds": (x, drawn(seed=1 << 32)),
+    }
+    for name, (a, b) in others.items():
+        a, b = a.ravel(), b.ravel()
+        for f in (lambda v: v, np.square):  # Box-Muller's pairs share a radius
+            assert abs(np.corrcoef(f(a), f(b))[0, 1]) < 5 / len(a) ** 0.5, name
+
+
+def test_normals_do_not_depend_on_the_tile():
+    assert np.array_equal(drawn(tile=16), drawn(tile=1024))
+    assert np.array_equal(drawn(columns=32)[:, :16], drawn(columns=16))
+
+
+def test_a_seed_gives_the_same_actions_from_any_tile_and_no_seed_gives_new_ones():
+    policy = make_policy(29, 8)
+    sampler, state = FusedSampler(policy, "fp32"), make_noise(policy, 50)[0]
+    small, large = (sampler(state, seed=3, tile=tile) for tile in TILES.values())
+    torch.testing.assert_close(small, large, rtol=0, atol=2e-5)
+    assert torch.equal(sampler(state, seed=3), sampler(state, seed=3))
+    first, second = sampler(state), sampler(state)
+    assert (first - second).abs().mean() > 0.1
+    assert torch.equal(FusedSampler(policy, "fp32")(state), first)  # the first call of a sampler of the same seed
+
+
+def test_drawn_actions_are_distributed_as_the_eager_chains():
+    policy = make_policy(4, 2, n_timesteps=2, seed=3)
+    state = make_noise(policy, 1)[0].expand(2048, -1).contiguous()
+    fused, eager = FusedSampler(policy)(state), policy.sample(state)
+    for f in (lambda v: v, torch.square):
+        a, b = f(fused), f(eager)
+        standard_error = ((a.var(0) + b.var(0)) / len(a)).sqrt()
+        assert ((a.mean(0) - b.mean(0)).abs() < 5 * standard_error).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A policy in training, and what is refused
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_policy_changed_after_packing_is_packed_again():
+    policy = make_policy()
+    sampler, inputs = FusedSampler(policy, "fp32"), make_noise(policy, 17)
+    before = sampler(*inputs)
+    policy.final_layer.bias += 1.0
+    after = sampler(*inputs)
+    assert not torch.equal(before, after)
+    assert error(after, exact(policy, *inputs)) < 1e-5
+
+
+def test_refresh_packs_what_no_version_counter_tells():
+    policy = make_policy()
+    sampler, inputs = FusedSampler(policy, "fp32"), make_noise(policy, 17)
+    policy.final_layer.bias.data += 1.0
+    sampler.refresh()
+    assert error(sampler(*inputs), exact(policy, *inputs)) < 1e-5
+
+
+def test_batches_that_leave_processors_idle_get_small_tiles():
+    for precision in PRECISIONS:
+        assert choose_tile(1, precision) == choose_tile(64, precision) == SMALL
+        assert choose_tile(1 << 20, precision, arch=90) == LARGE[precision]
+        assert choose_tile(1 << 20, precision, arch=89) == choose_tile(1 << 20, precision, arch=80)
+        assert choose_tile(1 << 20, precision, arch=120) == choose_tile(1 << 20, precision, arch=100)
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        (dict(precision="bf16"), "fp16, tf32, fp16x3, fp32"),
+        (dict(hidden_dim=100), "hidden_dim 100"),
+        (dict(state_dim=129), "state_dim 129"),
+        (dict(action_dim=33), "action_dim 33"),
+        (dict(n_timesteps=101), "n_timesteps 101"),
+    ],
+)
+def test_an_unsupported_size_says_what_is_supported(how, message):
+    precision = how.pop("precision", "fp16")
+    with pytest.raises(UnsupportedError, match=message):
+        FusedSampler(make_policy(**how), precision)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_refused(bad):
+    policy = make_policy()
+    policy.mid_layer[2].weight[3, 4] = bad
+    with pytest.raises(UnsupportedError, match="NaN or infinity"):
+        FusedSampler(policy)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda s, x, z: (s[:, :-1].contiguous(), x, z), r"state is \(12, 10\).*\(12, 11\)"),
+        (lambda s, x, z: (s.double(), x, z), "float64"),
+        (lambda s, x, z: (s.t().contiguous().t(), x, z), "contiguous"),
+        (lambda s, x, z: (s[:0], None, None), "no rows"),
+        (lambda s, x, z: (s, x, None), "together"),
+        (lambda s, x, z: (s[:5], x, z), "multiple"),
+        (lambda s, x, z: (s, x, z[:-1]), "noises is"),
+        (lambda s, x, z: (s.to("meta"), x, z), "meta"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused_by_name(change, message):
+    policy = make_policy()
+    with pytest.raises(UnsupportedError, match=message):
+        FusedSampler(policy)(*change(*make_noise(policy, 12)))
+
+
+def test_cpu_tensors_without_the_interpreter_are_refused(monkeypatch):
+    policy = make_policy().cpu()
+    sampler = FusedSampler(policy)
+    monkeypatch.setattr("kernels.sampler.interpreting", lambda: False)
+    with pytest.raises(UnsupportedError, match="TRITON_INTERPRET=1"):
+        sampler(torch.zeros(3, 11))
+
+
+def test_why_not_says_why_the_kernels_cannot_run(monkeypatch):
+    assert kernels.available() and kernels.why_not() == ""
+    monkeypatch.setattr("kernels.interpreting", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not kernels.available() and "no CUDA GPU" in kernels.why_not()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    assert "sm_75" in kernels.why_not()
