@@ -7,16 +7,27 @@ kernels.available() says whether they can run here, kernels.why_not() why not. T
 interpreter (TRITON_INTERPRET=1), slowly, which is how they are tested. Nothing here has been run on a GPU yet.
 """
 
+from importlib.util import find_spec
+
 import torch
 
-from .packing import UnsupportedError, interpreting
-from .sampler import FusedSampler
-
 __all__ = ["FusedSampler", "UnsupportedError", "available", "why_not"]
+
+NO_TRITON = "triton is not installed: pip install 'triton>=3.6,<3.9' (it has packages for Linux)"
+
+if find_spec("triton"):
+    from .packing import UnsupportedError, interpreting
+    from .sampler import FusedSampler
+
+
+def __getattr__(name):
+    raise ImportError(NO_TRITON) if name in __all__ else AttributeError(f"module 'kernels' has no attribute {name!r}")
 
 
 def why_not() -> str:
     """In a line, why the kernels cannot run on this machine's GPU or in the interpreter; empty if they can."""
+    if not find_spec("triton"):
+        return NO_TRITON
     if interpreting():
         return ""
     if not torch.cuda.is_available():
