@@ -53,6 +53,7 @@ class Config:
     out: str = "runs"  # folder that gets one folder per run
     device: str = "auto"  # auto: cuda when there is one; or cpu, cuda, cuda:1, ...
     threads: int = 0  # CPU threads for torch and MuJoCo; 0: all cores
+    backend: str = "auto"  # of acting. eager: plain torch; fused: one kernel launch a decision; auto: fused on a GPU, where it can
     compile: bool = False  # torch.compile the losses: faster updates after about a minute of compiling
 
     epochs: int = 1000  # of updates_per_epoch updates each
@@ -464,6 +465,7 @@ class DiffusionQL:
         self.policy_optimizer = self._adam(self.policy_vector, lr)
         self.critic_optimizer = self._adam(self.critic_vector, critic_lr)
         self.generator = torch.Generator(self.device).manual_seed(seed)
+        self._fused = None  # what acts instead of plain torch: a kernels.FusedActor, for "bc" a kernels.FusedSampler
         self.step = torch.zeros((), dtype=torch.int64, device=self.device)
 
     def _adam(self, vector, lr):
@@ -477,6 +479,18 @@ class DiffusionQL:
         self._target = torch.compile(self._target)
         self._critic_loss = torch.compile(self._critic_loss)
         self._actor_losses = torch.compile(self._actor_losses)
+
+    def fuse(self, n_candidates=50):
+        """From now on act(state, n_candidates) is one kernel launch, in fp16 with float32 sums; other numbers are not affected.
+
+        Raises ImportError without triton, and ValueError for a size or a device that the kernels do not support.
+        """
+        import kernels
+
+        if self.algo == "bc":
+            self._fused = kernels.FusedSampler(self.policy)
+        else:
+            self._fused = kernels.FusedActor(self.policy, self.critic_target, n_candidates)
 
     def draw_noise(self, batch_size: int) -> UpdateNoise:
         """The randomness of one update, the normals in a single call."""
@@ -589,7 +603,13 @@ class DiffusionQL:
         single, states = states.ndim == 1, states.view(-1, self.policy.state_dim)
         N, n = len(states), 1 if self.algo == "bc" else n_candidates
         noise = self._randn(self.policy.n_timesteps + 1, N * n, self.policy.action_dim, generator=generator)
-        if n == 1:
+        if self.algo == "bc" and self._fused:
+            action = self._fused(states.contiguous(), noise[0], noise[1:])
+        elif self._fused and n == self._fused.n_candidates:
+            # torch.multinomial, below, divides by such exponential variates too, so both ways pick alike.
+            gumbel = -torch.empty(N, n, device=self.device).exponential_(generator=generator or self.generator).log()
+            action = self._fused(states.contiguous(), noise[0], noise[1:], gumbel)
+        elif n == 1:
             action = self.policy.sample(states, x_T=noise[0], noises=noise[1:])
         else:
             actions, q1, q2 = self._propose(self.policy, states, noise[0], noise[1:])
@@ -697,8 +717,8 @@ def evaluate(agent, task, config, n_episodes, step):
         def act(states):
             try:
                 return agent.act(states, config.n_candidates, generator=generator)
-            except RuntimeError as e:
-                if "probability tensor" not in str(e):  # what torch.multinomial says of NaN
+            except (RuntimeError, ValueError) as e:
+                if "probability tensor" not in str(e) and "NaN" not in str(e):  # what torch.multinomial and the kernels say
                     raise
                 raise UserError(f"Q(s, a) is not finite at update {step:,}: the run has diverged; lower --lr or --eta") from e
 
@@ -738,6 +758,24 @@ def make_agent(config: Config, task, device) -> DiffusionQL:
     )
 
 
+def choose_backend(config: Config, agent: DiffusionQL) -> None:
+    """Let the agent act with the fused kernels where config asks for them, or where they can run on its GPU."""
+    if config.backend == "eager" or (config.backend == "auto" and agent.device.type != "cuda"):
+        return
+    try:
+        import kernels
+
+        reason = kernels.why_not()
+        if not reason:
+            agent.fuse(config.n_candidates)
+    except (ImportError, ValueError) as e:
+        reason = str(e)
+    if reason and config.backend == "fused":
+        raise UserError(f"--backend fused cannot be had: {reason}")
+    if reason:
+        print(f"acting with plain torch, not with the fused kernels: {reason}", flush=True)
+
+
 def load_transitions(config: Config, task, dataset, device) -> Transitions:
     with np.errstate(divide="ignore", invalid="ignore"):  # looked at below
         rewards = tune_rewards(
@@ -768,6 +806,7 @@ def train(config: Config):
     dataset = tasks.load(task, config.data, seed=0, n_generated=config.n_generated, log=log)
     data = dataset.fingerprint()
     agent = make_agent(config, task, device)
+    choose_backend(config, agent)
     if config.resume:
         run = RunFolder(config.resume)
         saved = run.config()["data"]
@@ -877,6 +916,7 @@ def evaluate_run(config: Config):
     selection = load_json(run.path / "selection.json")
     chosen = selection[config.which]
     agent = make_agent(config, task, device)
+    choose_backend(config, agent)
     restore(agent, run.path / chosen["checkpoint"], weights_only=True)
     score, episodes = evaluate(agent, task, config, config.episodes or config.eval_episodes, chosen["step"] + 1)
     title = f"{config.env}, {config.which} (update {chosen['step']:,}): score {score:.1f}"
@@ -921,6 +961,7 @@ def check(config: Config) -> None:
             raise UserError(f"--{name.replace('_', '-')} must lie between 0 and 1, not {getattr(config, name)}")
     choices = dict(
         algo=("ql", "bc"),
+        backend=("auto", "eager", "fused"),
         schedule=("vp", "linear", "cosine"),
         lr_decay=("none", "cosine", "released"),
         reward_tune=("none", "cql", "sparse", "normalize", "iql_antmaze", "antmaze", "iql_locomotion"),
@@ -961,7 +1002,7 @@ def parse_arguments(argv: list[str]) -> Config:
     config = tyro.cli(Config, args=argv, default=default, description=__doc__.split("\n\nThe algorithm (")[0])
     check(config)
     if run:
-        free = "resume threads" if config.resume else "eval which episodes render device threads seed n_candidates"
+        free = "resume threads backend" if config.resume else "eval which episodes render device threads backend seed n_candidates"
         changed = [k for k, v in asdict(config).items() if k not in free.split() and v != getattr(default, k)]
         if changed:
             raise UserError(f"{run} was made with another --{changed[0].replace('_', '-')}, and keeps its own")

@@ -1,7 +1,11 @@
-"""Diffusion policies fused into Triton kernels: the whole reverse-diffusion chain in one launch.
+"""Diffusion policies fused into Triton kernels: the whole reverse-diffusion chain, or a whole decision, in one launch.
 
     sampler = kernels.FusedSampler(policy)          # a dql.DiffusionPolicy, or a module with its attributes
     actions = sampler(states)                       # (B, state_dim) -> (B, action_dim)
+    actor = kernels.FusedActor(policy, critic, 50)  # best of 50 by a dql.TwinCritic
+    actions = actor(states)                         # (B, state_dim) -> (B, action_dim)
+
+kernels.graphs captures either in a CUDA graph.
 
 kernels.available() says whether they can run here, kernels.why_not() why not. They also run on CPU tensors in Triton's
 interpreter (TRITON_INTERPRET=1), slowly, which is how they are tested. Nothing here has been run on a GPU yet.
@@ -11,11 +15,12 @@ from importlib.util import find_spec
 
 import torch
 
-__all__ = ["FusedSampler", "UnsupportedError", "available", "why_not"]
+__all__ = ["FusedActor", "FusedSampler", "UnsupportedError", "available", "why_not"]
 
 NO_TRITON = "triton is not installed: pip install 'triton>=3.6,<3.9' (it has packages for Linux)"
 
 if find_spec("triton"):
+    from .actor import FusedActor
     from .packing import UnsupportedError, interpreting
     from .sampler import FusedSampler
 

@@ -1,4 +1,4 @@
-"""Device functions the kernels share: mish in base 2, standard normals, matrix products at four precisions, and layouts.
+"""Device functions the kernels share: mish in base 2, random numbers, matrix products at four precisions, and layouts.
 
 A kernel holds its activations either with rows on the first axis, (rows, features), or turned, (features, rows): TURNED is
 a compile-time constant of every function that has to know.
@@ -42,15 +42,20 @@ def mish(u, PTX: tl.constexpr):
 
 
 @triton.jit
+def _uniform(a):
+    """uint32 -> U(0, 1), never 0 nor 1: the odd multiples of 2⁻²⁴."""
+    return ((a >> 9).to(tl.int32).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2⁻²³
+
+
+@triton.jit
 def _box_muller(a, b):
     """Two uniform uint32 -> two independent standard normals, within ±5.8: the smallest uniform is 2⁻²⁴.
 
     Sine and cosine are polynomials on an eighth of a turn, to which the angle is reduced exactly: libdevice's cosine would
     bring a slow path and a stack frame.
     """
-    uniform = ((a >> 9).to(tl.int32).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2⁻²³
     turn = (b >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08  # 2⁻²⁴
-    radius = tl.sqrt(-2.0 * tl.log(uniform))
+    radius = tl.sqrt(-2.0 * tl.log(_uniform(a)))
     nearest = tl.floor(turn * 4.0 + 0.5)
     w = (turn - nearest * 0.25) * 6.283185307179586
     quarter = nearest.to(tl.int32)
@@ -77,6 +82,21 @@ def normals(seed, draw, step, row, COLUMNS: tl.constexpr):
     n2, n3 = _box_muller(c, d)
     pairs = tl.join(tl.join(n0, n2), tl.join(n1, n3))
     return tl.reshape(pairs, [row.shape[0], COLUMNS])
+
+
+@triton.jit
+def gumbels(seed, draw, step, row):
+    """Standard Gumbel noise, like row (n,) int32: the argmax of q + noise is a draw from softmax(q)."""
+    zero = row * 0
+    a, _, _, _ = tl.philox(seed, row, zero, zero + step, zero + draw)
+    return -tl.log(-tl.log(_uniform(a)))
+
+
+@triton.jit
+def clamp(x, bound):
+    """x within ±bound; NaN stays NaN, as with torch.clamp, so that a diverged network is seen."""
+    above = tl.maximum(x, -bound, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(above, bound, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

@@ -1,10 +1,12 @@
-"""What the kernels read: a network's parameters padded, scaled, folded and in the precision of the matrix units."""
+"""What the kernels read: networks' parameters padded, scaled, folded and in the precision of the matrix units."""
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 import triton
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 PRECISIONS = ("fp16", "tf32", "fp16x3", "fp32")
 HIDDEN_DIMS = (128, 256, 512)
@@ -26,85 +28,151 @@ def interpreting() -> bool:
     return triton.knobs.runtime.interpret
 
 
+def require_tensor(name: str, tensor: torch.Tensor, shape: tuple, device: torch.device) -> None:
+    """Raises UnsupportedError unless tensor is a contiguous float32 tensor of this shape on a device that runs kernels."""
+    have = f"{name} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+    require(tensor.shape == shape and tensor.dtype == torch.float32, f"{have}; it must be {shape} float32")
+    require(tensor.device == device, f"{have}; the policy is on {device}")
+    require(tensor.is_contiguous(), f"{name} must be contiguous: pass {name}.contiguous()")
+    require(tensor.numel() > 0, f"{name} has no rows")
+    require(tensor.is_cuda or interpreting(), "kernels need CUDA tensors, or TRITON_INTERPRET=1 for the interpreter")
+
+
+def on(device: torch.device):
+    """A context in which launches go to this device: Triton launches on the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def architecture(device: torch.device) -> int:
+    """The GPU's sm_XX as a number; the interpreter passes for sm_90. Raises UnsupportedError for one older than sm_80."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    require(major >= 8, f"this GPU is sm_{major}{minor}; the kernels need sm_80 (A100) or newer")
+    return 10 * major + minor
+
+
+# Steps that any torch optimizer has made: the fused ones write to parameters without raising their version counters.
+optimizer_steps = 0
+
+
+def _count_step(*_) -> None:
+    global optimizer_steps
+    optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+# What is packed and read by the graph that is being captured, for graphs.Captured; None at other times.
+captured: list | None = None
+
+
 def _padded(n: int) -> int:
     """The size of a matrix product's inner dimension: a power of two, at least 16."""
     return max(16, triton.next_power_of_2(n))
 
 
-class PackedPolicy:
-    """A DiffusionPolicy's parameters as the sampler reads them. refresh() packs again what has been trained since.
+class _Packed:
+    """Networks [s|a] -> H -> H -> H -> out with mish, stacked, as ops.network reads them.
 
-    Padded: states to 16, 32, 64 or 128 columns, actions to 16 or 32. Folded: the time embedding and the first bias into a table
-    (T, H); log2(e) into the first weights and the hidden biases, its inverse into the last weights. fp16x3: each weight times
-    2⁸ as the sum of two halves, or the smaller half would be subnormal.
+    Padded: states to 16, 32, 64 or 128 columns, actions and outputs to 16 or 32. log2(e) is folded into the first weights and
+    the hidden biases, its inverse into the last weights. fp16x3: each weight times 2⁸ as the sum of two halves, or the smaller
+    half would be subnormal. weights: 10 tensors, each of the five matrices followed by its lower half (itself where there is
+    none), (n_networks, rows, columns). bias (n_biases, 3, H) and bias_out (n_biases, out).
     """
 
-    def __init__(self, policy, precision: str):
-        first = policy.mid_layer[0]
-        self.policy, self.precision = policy, precision
-        self.state_dim, self.action_dim, self.n_timesteps = policy.state_dim, policy.action_dim, policy.n_timesteps
-        self.hidden_dim, self.max_action = first.out_features, float(policy.max_action)
+    def __init__(self, module, precision: str, hidden_dim: int, n_out: int, n_networks: int, n_biases: int):
         require(precision in PRECISIONS, f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
-        require(self.hidden_dim in HIDDEN_DIMS, f"hidden_dim {self.hidden_dim} is not one of {HIDDEN_DIMS}")
-        for name, value, most in (
-            ("state_dim", self.state_dim, MAX_STATE_DIM),
-            ("action_dim", self.action_dim, MAX_ACTION_DIM),
-            ("n_timesteps", self.n_timesteps, MAX_STEPS),
-        ):
+        require(hidden_dim in HIDDEN_DIMS, f"hidden_dim {hidden_dim} is not one of {HIDDEN_DIMS}")
+        self.module, self.precision, self.hidden_dim = module, precision, hidden_dim
+        self.state_dim, self.action_dim = module.state_dim, module.action_dim
+        for name, value, most in (("state_dim", self.state_dim, MAX_STATE_DIM), ("action_dim", self.action_dim, MAX_ACTION_DIM)):
             require(1 <= value <= most, f"{name} {value} is not within 1 to {most}")
-        self.device = first.weight.device
-        self.S, self.A = _padded(self.state_dim), _padded(self.action_dim)
+        self.device = next(module.parameters()).device
+        self.S, self.A, self.OUT = _padded(self.state_dim), _padded(self.action_dim), _padded(n_out)
         self.scale = 2.0**-8 if precision == "fp16x3" else 1.0
-        H, T, A, S = self.hidden_dim, self.n_timesteps, self.A, self.S
-        shapes = {"w_state": (H, S), "w_action": (H, A), "w_2": (H, H), "w_3": (H, H), "w_4": (A, H)}
+        H = self.hidden_dim
         dtype = torch.float16 if precision.startswith("fp16") else torch.float32
-        self.weights = {}
-        for name, shape in shapes.items():
-            self.weights[name] = torch.zeros(shape, dtype=dtype, device=self.device)
-            low = torch.zeros_like(self.weights[name]) if precision == "fp16x3" else self.weights[name]
-            self.weights[name + "_low"] = low
-        self.bias = torch.zeros(T, 3, H, device=self.device)
-        self.bias_4 = torch.zeros(T, A, device=self.device)
-        chain = zip(policy.x0_from_x, policy.x0_from_eps, policy.mean_from_x0, policy.mean_from_x, policy.sigma)
-        self.coefficients = torch.tensor(list(chain), dtype=torch.float32, device=self.device)
-        self._packed = None
+        self.weights = []
+        for rows, columns in ((H, self.S), (H, self.A), (H, H), (H, H), (self.OUT, H)):
+            high = torch.zeros(n_networks, rows, columns, dtype=dtype, device=self.device)
+            self.weights += [high, torch.zeros_like(high) if precision == "fp16x3" else high]
+        self.bias = torch.zeros(n_biases, 3, H, device=self.device)
+        self.bias_out = torch.zeros(n_biases, self.OUT, device=self.device)
+        self._seen = None
         self.refresh()
 
-    def _versions(self) -> tuple:
-        return tuple((p.data_ptr(), p._version) for p in self.policy.parameters())
+    def _networks(self):
+        """Each network's (w_state, w_action), its hidden and last layers, and its first biases (n, H)."""
+        raise NotImplementedError
+
+    def _state_of_training(self) -> tuple:
+        return optimizer_steps, *((p.data_ptr(), p._version) for p in self.module.parameters())
 
     def stale(self) -> bool:
-        """Whether the parameters were written to since they were packed, as far as their version counters tell.
+        """Whether the parameters may have changed since they were packed: written to, or an optimizer has made a step.
 
-        Fused optimizers do not count, nor do writes through .data: after those, call refresh().
+        Only what trains out of sight, by writing through .data or by replaying a graph, has to call refresh() itself.
         """
-        return self._packed != self._versions()
+        return self._seen != self._state_of_training()
+
+    def freshen(self) -> None:
+        """Pack again if need be."""
+        if captured is not None:
+            captured.append(self)
+        if self.stale():
+            self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Pack the policy's present parameters, in place: graphs that read them stay valid. Raises UnsupportedError on NaN."""
-        policy, n = self.policy, self.action_dim
-        finite = torch.stack([p.isfinite().all() for p in policy.parameters()]).all()
-        require(bool(finite), "the policy's weights hold NaN or infinity: the training has diverged")
-        first, second, third = (policy.mid_layer[i] for i in (0, 2, 4))
-        time_dim = first.in_features - n - self.state_dim
-        w_action, w_time, w_state = first.weight.split([n, time_dim, self.state_dim], dim=1)
-        embedding = policy.time_mlp(torch.arange(self.n_timesteps, device=self.device))
-        biases = F.linear(embedding, w_time, first.bias), second.bias, third.bias
-        for i, bias in enumerate(biases):
-            self.bias[:, i] = bias * (LOG2E / self.scale)
-        self.bias_4[:, :n] = policy.final_layer.bias / self.scale
-        self._store("w_state", w_state * LOG2E)
-        self._store("w_action", w_action * LOG2E)
-        self._store("w_2", second.weight)
-        self._store("w_3", third.weight)
-        self._store("w_4", policy.final_layer.weight / LOG2E)
-        self._packed = self._versions()
+        """Pack the present parameters, in place: graphs that read them stay valid. Raises UnsupportedError on NaN."""
+        finite = torch.stack([p.isfinite().all() for p in self.module.parameters()]).all()
+        require(bool(finite), f"weights of the {self.KIND} hold NaN or infinity: the training has diverged")
+        n = len(self.bias) // len(self.weights[0])  # biases of a network: one for each timestep
+        for i, (w_state, w_action, second, third, last, first_bias) in enumerate(self._networks()):
+            biases = self.bias[i * n : (i + 1) * n]
+            for layer, bias in enumerate((first_bias, second.bias, third.bias)):
+                biases[:, layer] = bias * (LOG2E / self.scale)
+            self.bias_out[i * n : (i + 1) * n, : len(last.bias)] = last.bias / self.scale
+            matrices = w_state * LOG2E, w_action * LOG2E, second.weight, third.weight, last.weight / LOG2E
+            for high, low, matrix in zip(self.weights[::2], self.weights[1::2], matrices):
+                rows, columns = matrix.shape
+                matrix = matrix / self.scale
+                high[i, :rows, :columns] = matrix
+                if self.precision == "fp16x3":
+                    low[i, :rows, :columns] = matrix - high[i, :rows, :columns]
+        self._seen = self._state_of_training()
 
-    def _store(self, name, weight):
-        weight = weight / self.scale
-        rows, columns = weight.shape
-        high = weight.to(self.weights[name].dtype)
-        self.weights[name][:rows, :columns] = high
-        if self.precision == "fp16x3":
-            self.weights[name + "_low"][:rows, :columns] = weight - high
+
+class PackedPolicy(_Packed):
+    """A DiffusionPolicy's noise network: its time embedding and first bias are folded into a table (T, H)."""
+
+    KIND = "policy"
+
+    def __init__(self, policy, precision: str):
+        self.n_timesteps, self.max_action = policy.n_timesteps, float(policy.max_action)
+        require(1 <= self.n_timesteps <= MAX_STEPS, f"n_timesteps {self.n_timesteps} is not within 1 to {MAX_STEPS}")
+        super().__init__(policy, precision, policy.mid_layer[0].out_features, policy.action_dim, 1, self.n_timesteps)
+        chain = zip(policy.x0_from_x, policy.x0_from_eps, policy.mean_from_x0, policy.mean_from_x, policy.sigma)
+        self.coefficients = torch.tensor(list(chain), dtype=torch.float32, device=self.device)  # (T, 5)
+
+    def _networks(self):
+        policy = self.module
+        first, second, third = (policy.mid_layer[i] for i in (0, 2, 4))
+        time_dim = first.in_features - self.action_dim - self.state_dim
+        w_action, w_time, w_state = first.weight.split([self.action_dim, time_dim, self.state_dim], dim=1)
+        embedding = policy.time_mlp(torch.arange(self.n_timesteps, device=self.device))
+        yield w_state, w_action, second, third, policy.final_layer, F.linear(embedding, w_time, first.bias)
+
+
+class PackedCritic(_Packed):
+    """Both networks of a TwinCritic."""
+
+    KIND = "critic"
+
+    def __init__(self, critic, precision: str):
+        super().__init__(critic, precision, critic.q1_model[0].out_features, 1, 2, 2)
+
+    def _networks(self):
+        for model in (self.module.q1_model, self.module.q2_model):
+            first, second, third, last = model[::2]
+            w_state, w_action = first.weight.split([self.state_dim, self.action_dim], dim=1)
+            yield w_state, w_action, second, third, last, first.bias[None]

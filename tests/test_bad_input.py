@@ -72,6 +72,7 @@ def test_an_unknown_task_lists_the_nearest(capsys):
         ("--reward-tune", "none, cql, sparse, normalize, iql_antmaze, antmaze, iql_locomotion"),
         ("--lr-decay", "none, cosine, released"),
         ("--which", "last, best, offline, offline_released"),
+        ("--backend", "auto, eager, fused"),
     ],
 )
 def test_an_unknown_choice_lists_the_known_ones(capsys, option, known):

@@ -684,3 +684,51 @@ def test_behaviour_cloning_keeps_both_modes():
     action = trained_on_two_modes(700, 2e-2, algo="bc", n_timesteps=10)
     assert 0.4 < (action < 0).float().mean() < 0.6
     assert ((action.abs() - 0.8).abs() < 0.2).float().mean() > 0.75
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Acting with the fused kernels, on a CPU in Triton's interpreter
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kernels():
+    pytest.importorskip("triton", reason="triton has no package for this platform")
+    import kernels
+
+    return kernels
+
+
+@pytest.mark.parametrize("algo", ["ql", "bc"])
+def test_a_fused_agent_takes_the_actions_that_it_would_take_otherwise(kernels, algo):
+    agent = DiffusionQL(5, 2, hidden_dim=128, n_timesteps=2, algo=algo)
+    state = torch.randn(4, 5)
+    actions = []
+    for fused in (False, True):
+        if fused:
+            agent.fuse(n_candidates=6)
+        both = [agent.act(s, 6, generator=torch.Generator().manual_seed(1)) for s in (state, state[0], state.numpy())]
+        assert both[1].shape == (2,) and isinstance(both[2], np.ndarray)
+        actions.append(torch.cat([both[0], both[1][None], torch.from_numpy(both[2])]))
+    torch.testing.assert_close(*actions, rtol=0, atol=2e-3)  # fp16's rounding; another candidate would be further away
+    assert (actions[0] - actions[1]).abs().max() > 0, "the kernels did not act"
+
+
+def test_backends_fall_back_with_a_line_where_they_may_and_refuse_where_they_may_not(kernels, monkeypatch, capsys):
+    class OnGPU:
+        device = torch.device("cuda")
+
+        def fuse(self, n_candidates):
+            raise kernels.UnsupportedError("hidden_dim 100 is not one of (128, 256, 512)")
+
+    dql.choose_backend(dql.Config(backend="auto"), OnGPU())
+    line = capsys.readouterr().out
+    assert "plain torch" in line and "hidden_dim 100" in line and line.count("\n") == 1
+    with pytest.raises(dql.UserError, match="--backend fused cannot be had: hidden_dim 100"):
+        dql.choose_backend(dql.Config(backend="fused"), OnGPU())
+    monkeypatch.setattr(kernels, "why_not", lambda: "no CUDA GPU was found")
+    with pytest.raises(dql.UserError, match="no CUDA GPU"):
+        dql.choose_backend(dql.Config(backend="fused"), small_agent())
+    dql.choose_backend(dql.Config(backend="auto"), small_agent())  # on a CPU plain torch is what one expects
+    dql.choose_backend(dql.Config(backend="eager"), OnGPU())
+    assert capsys.readouterr().out == ""

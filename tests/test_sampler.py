@@ -1,6 +1,5 @@
 """The fused sampler against the eager chain in float64, at sizes that fill no tile. On a CPU in Triton's interpreter."""
 
-import copy
 import math
 import subprocess
 import sys
@@ -8,71 +7,18 @@ import sys
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import ROOT
 
 triton = pytest.importorskip("triton", reason="triton has no package for this platform")
 import triton.language as tl  # noqa: E402
+from reference import DEVICE, TILES, eager_at, error, exact, make_noise, make_policy  # noqa: E402
 
 import kernels  # noqa: E402
-from dql import DiffusionPolicy  # noqa: E402
+from dql import DiffusionQL  # noqa: E402
 from kernels import FusedSampler, UnsupportedError  # noqa: E402
 from kernels.ops import normals  # noqa: E402
 from kernels.packing import PRECISIONS  # noqa: E402
 from kernels.sampler import LARGE, SMALL, choose_tile  # noqa: E402
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# The interpreter computes whole tiles, so it gets the large one with fewer rows: the same code.
-TILES = {"small": SMALL, "large": LARGE["tf32"] if DEVICE == "cuda" else LARGE["fp16"]._replace(rows=32)}
-
-
-def make_policy(state_dim=11, action_dim=3, *, gain=1.0, seed=0, **how):
-    torch.manual_seed(seed)
-    policy = DiffusionPolicy(state_dim, action_dim, **{"hidden_dim": 128} | how).requires_grad_(False)
-    for p in policy.parameters():
-        p *= gain
-    return policy.to(DEVICE)
-
-
-def make_noise(policy, n, seed=1):
-    g = torch.Generator().manual_seed(seed)
-    shapes = (n, policy.state_dim), (n, policy.action_dim), (policy.n_timesteps, n, policy.action_dim)
-    return [torch.randn(*shape, generator=g).to(DEVICE) for shape in shapes]
-
-
-def round_to_tf32(x):
-    """To 10 bits of mantissa, as tensor cores read float32."""
-    return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
-
-
-ROUND = {"fp16": lambda x: x.half().float(), "tf32": round_to_tf32, "fp16x3": lambda x: x, "fp32": lambda x: x}
-
-
-def eager_at(policy, precision, state, x_T, noises):
-    """The eager chain, float32, with every operand of a matrix product rounded to the precision."""
-
-    def linear(layer, x):
-        return F.linear(ROUND[precision](x), ROUND[precision](layer.weight), layer.bias)
-
-    x, m = x_T, policy.max_action
-    for k, t in enumerate(reversed(range(policy.n_timesteps))):
-        time = policy.time_mlp(torch.full((len(x),), t, device=x.device))
-        h = torch.cat([x, time, state], dim=1)
-        for layer in policy.mid_layer[::2]:
-            h = F.mish(linear(layer, h))
-        x_0 = (policy.x0_from_x[t] * x - policy.x0_from_eps[t] * linear(policy.final_layer, h)).clamp(-m, m)
-        x = policy.mean_from_x0[t] * x_0 + policy.mean_from_x[t] * x + (policy.sigma[t] * noises[k] if t else 0)
-    return x.clamp(-m, m)
-
-
-def exact(policy, state, x_T, noises):
-    policy = copy.deepcopy(policy).double()
-    return policy.sample(state.double(), x_T=x_T.double(), noises=noises.double())
-
-
-def error(actual, expected):
-    return ((actual - expected).norm() / expected.norm()).item()
-
 
 # state, action, hidden, T, schedule, max_action
 SIZES = [
@@ -289,7 +235,7 @@ def test_inputs_that_do_not_fit_are_refused_by_name(change, message):
 def test_cpu_tensors_without_the_interpreter_are_refused(monkeypatch):
     policy = make_policy().cpu()
     sampler = FusedSampler(policy)
-    monkeypatch.setattr("kernels.sampler.interpreting", lambda: False)
+    monkeypatch.setattr("kernels.packing.interpreting", lambda: False)
     with pytest.raises(UnsupportedError, match="TRITON_INTERPRET=1"):
         sampler(torch.zeros(3, 11))
 

@@ -1,0 +1,89 @@
+"""CUDA graphs: a function of tensors recorded once, then replayed as a single launch.
+
+    act = Captured(actor, states)          # or policy.sample, or a torch.compile'd function: whatever waits for nothing
+    actions = act(other_states)            # copied into the graph's own input; the output is overwritten by each call
+
+This is the one place that knows of capture, warm-up and static buffers. A graph replays the same launches on the same memory:
+shapes are fixed, and random numbers are fresh only if their state lives on the device, as that of torch's generators and of the
+fused kernels does.
+"""
+
+import numpy as np
+import torch
+
+from . import packing
+from .packing import require
+
+WARM_UP = 3  # calls before the capture: kernels are compiled and libraries initialised, which must not be recorded
+
+
+class Captured:
+    """function(*inputs) -> tensor or tensors, captured for inputs of these shapes on a CUDA device.
+
+    Each call copies its inputs in, replays, and returns the graph's output, which the next call overwrites. Networks that
+    fused kernels in it have packed are packed again first where they have changed. Raises UnsupportedError without a GPU and
+    for inputs of another shape, dtype or device.
+    """
+
+    def __init__(self, function, *inputs: torch.Tensor):
+        require(torch.cuda.is_available(), "CUDA graphs need a CUDA GPU, and none was found")
+        self.function = function  # keeps alive what the graph reads
+        self.inputs = [x.clone() for x in inputs]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                function(*self.inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        packing.captured = []
+        try:
+            with torch.cuda.graph(self.graph):
+                self.output = function(*self.inputs)
+            self.packed = packing.captured
+        finally:
+            packing.captured = None
+
+    def __call__(self, *inputs: torch.Tensor):
+        require(len(inputs) == len(self.inputs), f"{len(inputs)} inputs given to a graph of {len(self.inputs)}")
+        for own, given in zip(self.inputs, inputs):
+            have, want = ((tuple(x.shape), x.dtype, x.device) for x in (given, own))
+            require(have == want, f"the graph was captured for an input {want}, not {have}: capture it again")
+            own.copy_(given)
+        return self.replay()
+
+    def replay(self):
+        """Once more on the inputs of the last call, with new random numbers."""
+        for packed in self.packed:
+            packed.freshen()
+        self.graph.replay()
+        return self.output
+
+
+class NumpyActor:
+    """numpy observations -> numpy actions by one graph replay: copy in, act, copy out. For control loops.
+
+    actor: a FusedActor, or any function of states (n_states, S) on the device that can be captured. Raises UnsupportedError
+    without a GPU; ValueError for observations of another shape.
+    """
+
+    def __init__(self, actor, state_dim: int, n_states: int = 1, device="cuda"):
+        require(torch.cuda.is_available(), "NumpyActor replays a CUDA graph, and no CUDA GPU was found")
+        state = torch.zeros(n_states, state_dim, device=device)
+        action = torch.empty_like(actor(state), device="cpu", pin_memory=True)
+        host_state = torch.zeros(n_states, state_dim, pin_memory=True)
+
+        def from_host_to_host():
+            state.copy_(host_state, non_blocking=True)
+            return action.copy_(actor(state), non_blocking=True)
+
+        self.captured = Captured(from_host_to_host)
+        self.state, self.action = host_state.numpy(), action.numpy()
+        self.stream = torch.cuda.current_stream(device)
+
+    def __call__(self, state: np.ndarray) -> np.ndarray:
+        """(S,) or (n_states, S) -> (A,) or (n_states, A), a copy."""
+        self.state[:] = state
+        self.captured.replay()
+        self.stream.synchronize()
+        return self.action[0].copy() if np.ndim(state) == 1 else self.action.copy()

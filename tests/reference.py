@@ -1,0 +1,80 @@
+"""What the kernels are compared with: policies, critics and noise for tests, and the eager chain rounded or in float64."""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+
+from dql import DiffusionPolicy, TwinCritic
+from kernels.sampler import LARGE, SMALL
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter computes whole tiles, so it gets the large one with fewer rows: the same code.
+TILES = {"small": SMALL, "large": LARGE["tf32"] if DEVICE == "cuda" else LARGE["fp16"]._replace(rows=32)}
+
+
+def make_policy(state_dim=11, action_dim=3, *, gain=1.0, seed=0, **how):
+    torch.manual_seed(seed)
+    policy = DiffusionPolicy(state_dim, action_dim, **{"hidden_dim": 128} | how).requires_grad_(False)
+    for p in policy.parameters():
+        p *= gain
+    return policy.to(DEVICE)
+
+
+def make_critic(state_dim=11, action_dim=3, *, gain=1.0, seed=10, hidden_dim=128):
+    torch.manual_seed(seed)
+    critic = TwinCritic(state_dim, action_dim, hidden_dim=hidden_dim).requires_grad_(False)
+    for p in critic.parameters():
+        p *= gain
+    return critic.to(DEVICE)
+
+
+def make_noise(policy, n, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    shapes = (n, policy.state_dim), (n, policy.action_dim), (policy.n_timesteps, n, policy.action_dim)
+    return [torch.randn(*shape, generator=g).to(DEVICE) for shape in shapes]
+
+
+def round_to_tf32(x):
+    """To 10 bits of mantissa, as tensor cores read float32."""
+    return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+ROUND = {"fp16": lambda x: x.half().float(), "tf32": round_to_tf32, "fp16x3": lambda x: x, "fp32": lambda x: x}
+
+
+def rounded_linear(layer, x, precision):
+    return F.linear(ROUND[precision](x), ROUND[precision](layer.weight), layer.bias)
+
+
+def critic_at(critic, precision, state, action):
+    """min(Q1, Q2) (n,), float32, with every operand of a matrix product rounded to the precision."""
+    values = []
+    for model in (critic.q1_model, critic.q2_model):
+        h = torch.cat([state, action], dim=1)
+        for layer in model[:-1:2]:
+            h = F.mish(rounded_linear(layer, h, precision))
+        values.append(rounded_linear(model[-1], h, precision)[:, 0])
+    return torch.minimum(*values)
+
+
+def eager_at(policy, precision, state, x_T, noises):
+    """The eager chain, float32, with every operand of a matrix product rounded to the precision."""
+    x, m = x_T, policy.max_action
+    for k, t in enumerate(reversed(range(policy.n_timesteps))):
+        time = policy.time_mlp(torch.full((len(x),), t, device=x.device))
+        h = torch.cat([x, time, state], dim=1)
+        for layer in policy.mid_layer[::2]:
+            h = F.mish(rounded_linear(layer, h, precision))
+        x_0 = (policy.x0_from_x[t] * x - policy.x0_from_eps[t] * rounded_linear(policy.final_layer, h, precision)).clamp(-m, m)
+        x = policy.mean_from_x0[t] * x_0 + policy.mean_from_x[t] * x + (policy.sigma[t] * noises[k] if t else 0)
+    return x.clamp(-m, m)
+
+
+def exact(policy, state, x_T, noises):
+    policy = copy.deepcopy(policy).double()
+    return policy.sample(state.double(), x_T=x_T.double(), noises=noises.double())
+
+
+def error(actual, expected):
+    return ((actual - expected).norm() / expected.norm()).item()
