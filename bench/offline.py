@@ -20,8 +20,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import sampler
-from kernels.packing import PRECISIONS
+from kernels.actor import _actor, choose_actor_tile
+from kernels.packing import HIDDEN_DIMS, PRECISIONS
+from kernels.sampler import _sampler, choose_tile
 
 ARCHITECTURES = (80, 90, 100)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -59,25 +60,36 @@ def compile_for(arch: int, kernel, signature: dict, constants: dict, **options) 
     }
 
 
-def sampler_cases(arch: int) -> dict:
-    """name -> (kernel, signature, constants, options) of every tile and precision that sm_{arch} gets, at antmaze's sizes."""
-    pointers = {n: "*fp32" for n in ("state", "x_T", "noises", "out", "coefficients", "bias", "bias_4")}
-    numbers = {"seed": "i32", "n_rows": "i32", "zero": "i32", "max_action": "fp32"}
-    weights = [n + low for n in ("w_state", "w_action", "w_2", "w_3", "w_4") for low in ("", "_low")]
-    cases = {}
-    for n_rows in (64, 1 << 20):
-        for precision in PRECISIONS:
-            tile = sampler.choose_tile(n_rows, precision, arch)
-            stored = "*fp16" if precision.startswith("fp16") else "*fp32"
-            signature = {**pointers, **numbers, "counter": "*i32", **{w: stored for w in weights}}
-            constants = {
-                "per_state": 1, "STATE_DIM": 29, "ACTION_DIM": 8, "T": 5, "GIVEN": False, "ROWS": tile.rows, "S": 32, "A": 16, "H": 256,
-                "CHUNK": tile.chunk, "SCALE": 2.0**-8 if precision == "fp16x3" else 1.0, "PRECISION": precision,
-                "TURNED": tile.turned, "STAGES": tile.stages, "PTX": True,
-            }  # fmt: skip
-            name = f"sampler {n_rows} {precision}"
-            cases[name] = sampler._sampler, signature, constants, {"num_warps": tile.warps}
-    return cases
+# Types of the arguments that are neither weights nor constants.
+TYPES = {"seed": "i32", "n_rows": "i32", "per_state": "i32", "zero": "i32", "max_action": "fp32", "counter": "*i32", "done": "*i32"}
+WEIGHTS = re.compile(r"[wq]_(state|action|[234])(_low)?")
+BATCHES = {"small": 1, "large": 1 << 20}  # rows, or states, that get the one tile and the other
+
+
+def cases(arch: int, hidden_dims=HIDDEN_DIMS) -> dict:
+    """name -> (kernel, signature, constants, options) of every tile, width and precision that sm_{arch} gets at antmaze's sizes."""
+    found = {}
+    for size, n in BATCHES.items():
+        for H in hidden_dims:
+            for precision in PRECISIONS:
+                tiles = {"sampler": choose_tile(n, precision, arch), "actor": choose_actor_tile(n, 50, precision, arch)}
+                for name, kernel in (("sampler", _sampler), ("actor", _actor)):
+                    tile = tiles[name]
+                    constants = {
+                        "STATE_DIM": 29, "ACTION_DIM": 8, "T": 5, "GIVEN": False, "ROWS": tile.rows, "S": 32, "A": 16, "H": H,
+                        "CHUNK": tile.chunk, "SCALE": 2.0**-8 if precision == "fp16x3" else 1.0, "PRECISION": precision,
+                        "TURNED": tile.turned, "STAGES": tile.stages, "PTX": True,
+                        "N": 50, "N_PADDED": 64, "PARTS": triton.cdiv(50, tile.rows), "GREEDY": False, "Q_H": H,
+                    }  # fmt: skip
+                    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+                    stored = "*fp16" if precision.startswith("fp16") else "*fp32"
+                    signature = {
+                        name: TYPES.get(name, stored if WEIGHTS.fullmatch(name) else "*fp32") for name in kernel.arg_names
+                    }
+                    if name == "sampler":
+                        constants["per_state"] = 1
+                    found[f"{name} {size} {H} {precision}"] = kernel, signature, constants, {"num_warps": tile.warps}
+    return found
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -86,10 +98,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", default="", help="cases whose name contains this")
     options = parser.parse_args(argv)
     for arch in options.arch:
-        for name, (kernel, signature, constants, how) in sampler_cases(arch).items():
+        for name, (kernel, signature, constants, how) in cases(arch).items():
             if options.only in name:
                 found = compile_for(arch, kernel, signature, constants, **how)
-                print(f"{name:24s}", json.dumps(found), flush=True)
+                print(f"{name:28s}", json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

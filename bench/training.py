@@ -1,37 +1,30 @@
-"""Update, sampling and acting: dql.py, plain and compiled, against a straightforward transcription of the paper.
+"""The update: dql.py, plain and compiled, against a straightforward transcription of the paper.
 
-    python -m bench.training              # one thread, then all cores; about five minutes
+    python -m bench.training              # one thread, then all cores; about two minutes
     python -m bench.training --quick      # less than a minute, one thread, for a first look
     python -m bench.training --compile    # with torch.compile'd losses as well, which needs a C++ compiler
 
 Before anything is timed, the contestants are given the same weights and the same noise and must agree. Then they
 take turns, one call each, so that a busy moment of the machine meets them all; quoted are the 20th, 50th and 80th
 percentiles of a call and the ratio of medians. Every figure goes to bench/results/training_cpu.json, and a line per
-figure is appended to bench/results/training.csv.
+figure is appended to bench/results/training.csv. Sampling and acting are bench.sampling's and bench.acting's.
 """
 
 import argparse
-import csv
-import os
-import shutil
 import sys
-import time
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from bench.machine import describe
 from bench.straightforward import StraightforwardDQL
+from bench.timing import QUANTILES, RESULTS, has_compiler, measure, save_figures
 from dql import Batch, DiffusionQL
-from run_folder import save_json
 
-RESULTS = Path(__file__).parent / "results"
-STATE_DIM, ACTION_DIM, BATCH, CANDIDATES = 29, 8, 256, 50
+STATE_DIM, ACTION_DIM, BATCH = 29, 8, 256
 SETTINGS = dict(eta=0.5, grad_norm=2.0, ema_start=0)
 BASELINE = "straightforward"
-ORIGIN, QUANTILES = ["date", "commit", "cpu", "torch"], ["p20", "p50", "p80"]
-COLUMNS = [*ORIGIN, "threads", "workload", "contestant", *(f"{q}_ms" for q in QUANTILES), "ratio"]
+COLUMNS = ["threads", "workload", "contestant", *QUANTILES, "ratio"]
 
 
 def random_batch(n: int, seed: int = 0) -> Batch:
@@ -86,58 +79,6 @@ def update_workload(max_q_backup: bool, compiled: bool) -> dict:
     return {name: lambda agent=agent: agent.update(batch) for name, agent in agents.items()}
 
 
-def sampling_workload(n: int) -> dict:
-    agents = contestants(False, False)
-    state, g = random_batch(n).state, torch.Generator().manual_seed(1)
-    x_T, noises = torch.randn(n, ACTION_DIM, generator=g), torch.randn(5, n, ACTION_DIM, generator=g)
-
-    def call(agent, **noise):
-        with torch.no_grad():
-            return agent.policy.sample(state, **noise)
-
-    actions = [call(agent, x_T=x_T, noises=noises) for agent in agents.values()]
-    torch.testing.assert_close(*actions, rtol=0, atol=2e-5)
-    return {name: lambda agent=agent: call(agent) for name, agent in agents.items()}
-
-
-def acting_workload(n_states: int) -> dict:
-    agents = contestants(False, False)
-    state = random_batch(n_states).state
-    # The straightforward agent draws from torch's own generator, in the order in which dql.py lays out its noise.
-    torch.manual_seed(2)
-    expected = agents[BASELINE].act(state, CANDIDATES)
-    actions = agents["dql"].act(state, CANDIDATES, generator=torch.Generator().manual_seed(2))
-    torch.testing.assert_close(actions, expected, rtol=0, atol=2e-5)
-    return {name: lambda agent=agent: agent.act(state, CANDIDATES) for name, agent in agents.items()}
-
-
-def measure(calls: dict, seconds: float, min_rounds: int = 5) -> dict:
-    """Interleaved rounds of one call each for about `seconds`. -> name: {"p20", "p50", "p80"} in ms, and "rounds"."""
-    for call in list(calls.values()) * 2:
-        call()
-    times, end = {name: [] for name in calls}, time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[BASELINE]) < min_rounds:
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append((time.perf_counter() - start) * 1e3)
-    percentiles = {name: np.percentile(t, [20, 50, 80]).round(4).tolist() for name, t in times.items()}
-    return {name: dict(zip(QUANTILES, p), rounds=len(times[name])) for name, p in percentiles.items()}
-
-
-def append_csv(path: Path, rows: list[dict]) -> None:
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        table = csv.DictWriter(file, COLUMNS)
-        if new:
-            table.writeheader()
-        table.writerows(rows)
-
-
-def has_compiler() -> bool:
-    return any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++"))
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="under a minute: one thread, 2 s per workload")
@@ -150,14 +91,7 @@ def main(argv: list[str] | None = None) -> None:
         print("no C++ compiler found (install g++ or set CXX): the compiled column is left out")
     threads = options.threads or ([1] if options.quick else sorted({1, torch.get_num_threads()}))
     seconds = 2.0 if options.quick else 15.0
-    workloads = {
-        "update": lambda: update_workload(False, compiled),
-        "update, max-Q": lambda: update_workload(True, compiled),
-        "sample 256": lambda: sampling_workload(256),
-        "sample 2560": lambda: sampling_workload(2560),
-        "act 1 state x 50": lambda: acting_workload(1),
-        "act 100 states x 50": lambda: acting_workload(100),
-    }
+    workloads = {"update": False, "update, max-Q": True}
 
     where, figures = describe(), []
     print(f"{where['cpu']}, torch {where['torch']}; ms per call, p50 (p20 to p80)")
@@ -165,23 +99,12 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(n)
         if compiled:
             torch.compiler.reset()  # compiled code is laid out for a number of threads
-        for workload, prepare in workloads.items():
-            measured = measure(prepare(), seconds)
-            for contestant, t in measured.items():
-                ratio = round(measured[BASELINE]["p50"] / t["p50"], 3)
-                figures.append({"threads": n, "workload": workload, "contestant": contestant, **t, "ratio": ratio})
+        for workload, max_q_backup in workloads.items():
+            for contestant, t in measure(update_workload(max_q_backup, compiled), seconds).items():
+                figures.append({"threads": n, "workload": workload, "contestant": contestant, **t})
                 spread = f"{t['p50']:9.2f} ({t['p20']:.2f} to {t['p80']:.2f})"
-                print(f"{n:2d} threads  {workload:20s}  {contestant:16s} {spread:32s} {ratio:5.2f}x", flush=True)
-
-    options.out.mkdir(parents=True, exist_ok=True)
-    save_json(options.out / "training_cpu.json", {**where, "quick": options.quick, "figures": figures})
-    rows = [
-        {key: where[key] for key in ORIGIN}
-        | {key: figure[key] for key in ("threads", "workload", "contestant", "ratio")}
-        | {f"{q}_ms": figure[q] for q in QUANTILES}
-        for figure in figures
-    ]
-    append_csv(options.out / "training.csv", rows)
+                print(f"{n:2d} threads  {workload:20s}  {contestant:16s} {spread:32s} {t['ratio']:5.2f}x", flush=True)
+    save_figures("training", figures, COLUMNS, options.out, quick=options.quick)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def _actor(
     state, x_T, noises, gumbel, seed, counter, done, candidates, values, out, n_rows, zero, coefficients, bias, bias_out,
     max_action, w_state, w_state_low, w_action, w_action_low, w_2, w_2_low, w_3, w_3_low, w_4, w_4_low,
     q_bias, q_bias_out, q_state, q_state_low, q_action, q_action_low, q_2, q_2_low, q_3, q_3_low, q_4, q_4_low,
-    N: tl.constexpr, PARTS: tl.constexpr, GREEDY: tl.constexpr, Q_H: tl.constexpr,
+    N: tl.constexpr, N_PADDED: tl.constexpr, PARTS: tl.constexpr, GREEDY: tl.constexpr, Q_H: tl.constexpr,
     STATE_DIM: tl.constexpr, ACTION_DIM: tl.constexpr, T: tl.constexpr, GIVEN: tl.constexpr,
     ROWS: tl.constexpr, S: tl.constexpr, A: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, SCALE: tl.constexpr,
     PRECISION: tl.constexpr, TURNED: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
@@ -55,17 +55,17 @@ def _actor(
     tl.store(values + row, q, mask=valid)
     tl.debug_barrier()  # every thread's stores, before one thread says that they are made
     if tl.atomic_add(done + i, 1, sem="acq_rel") == PARTS - 1:
-        member = tl.arange(0, triton.next_power_of_2(N))
-        row, valid = i * N + member, member < N
+        each = tl.arange(0, N_PADDED)
+        at, known = i * N + each, each < N
         # From L2: what other programs wrote is not in this SM's L1.
-        q = tl.load(values + row, mask=valid, other=float("-inf"), cache_modifier=".cg")
-        broken = tl.max((q != q).to(tl.int32), 0)
+        value = tl.load(values + at, mask=known, other=float("-inf"), cache_modifier=".cg")
+        broken = tl.max((value != value).to(tl.int32), 0)
         if not GREEDY:
             if GIVEN:
-                q += tl.load(gumbel + row, mask=valid, other=0.0)
+                value += tl.load(gumbel + at, mask=known, other=0.0)
             else:
-                q += gumbels(seed, draw, T + 1, row)
-        best = tl.argmax(tl.where(valid, q, float("-inf")), 0)
+                value += gumbels(seed, draw, T + 1, at)
+        best = tl.argmax(tl.where(known, value, float("-inf")), 0)
         chosen = tl.load(candidates + (i.to(tl.int64) * N + best) * ACTION_DIM + a, mask=a < ACTION_DIM, cache_modifier=".cg")
         tl.store(out + i * ACTION_DIM + a, tl.where(broken > 0, float("nan"), chosen), mask=a < ACTION_DIM)
         tl.store(done + i, 0)
@@ -153,7 +153,7 @@ class FusedActor:
                 self.seed if seed is None else seed, self.counter if seed is None else torch.zeros_like(self.counter),
                 self.done, self.candidates, self.values, out, n * B, 0, p.coefficients, p.bias, p.bias_out, p.max_action, *p.weights,
                 q.bias, q.bias_out, *q.weights,
-                N=n, PARTS=parts, GREEDY=self.greedy, Q_H=q.hidden_dim,
+                N=n, N_PADDED=triton.next_power_of_2(n), PARTS=parts, GREEDY=self.greedy, Q_H=q.hidden_dim,
                 STATE_DIM=p.state_dim, ACTION_DIM=p.action_dim, T=p.n_timesteps, GIVEN=given,
                 ROWS=tile.rows, S=p.S, A=p.A, H=p.hidden_dim, CHUNK=tile.chunk, SCALE=p.scale, PRECISION=p.precision,
                 TURNED=tile.turned, STAGES=tile.stages, PTX=not interpreting(), num_warps=tile.warps,

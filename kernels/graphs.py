@@ -79,11 +79,10 @@ class NumpyActor:
 
         self.captured = Captured(from_host_to_host)
         self.state, self.action = host_state.numpy(), action.numpy()
-        self.stream = torch.cuda.current_stream(device)
 
     def __call__(self, state: np.ndarray) -> np.ndarray:
         """(S,) or (n_states, S) -> (A,) or (n_states, A), a copy."""
         self.state[:] = state
         self.captured.replay()
-        self.stream.synchronize()
+        torch.cuda.current_stream().synchronize()
         return self.action[0].copy() if np.ndim(state) == 1 else self.action.copy()

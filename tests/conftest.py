@@ -19,6 +19,19 @@ if str(ROOT) not in sys.path:
 
 torch.set_num_threads(1)  # the nets here are small: on a busy machine a second thread is waited for, not helped by
 
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a CUDA GPU")
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA GPU on this machine"))
+
+
 # The cut travels with the repository; the whole file, where somebody has it, lies beside the repository.
 ORACLES = {"cut": ROOT / "tests/data/oracle.npz", "full": ROOT.parent / "shared/oracle/released.npz"}
 

@@ -73,6 +73,7 @@ def test_an_unknown_task_lists_the_nearest(capsys):
         ("--lr-decay", "none, cosine, released"),
         ("--which", "last, best, offline, offline_released"),
         ("--backend", "auto, eager, fused"),
+        ("--matmul-precision", "highest, high, medium"),
     ],
 )
 def test_an_unknown_choice_lists_the_known_ones(capsys, option, known):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from bench import training
+from bench import acting, sampling, timing, training
 from bench.straightforward import StraightforwardDQL
 from dql import DiffusionQL
 
@@ -24,14 +24,44 @@ def test_an_update_that_differs_is_noticed():
         training.check_updates(agents)
 
 
-@pytest.mark.parametrize("n", [3, 33])
-def test_sampling_agrees_with_dql(n):
-    training.sampling_workload(n)  # asserts that it does
+def test_sampling_is_checked_before_it_is_timed():
+    policy = sampling.make_policy(5, "cpu")
+    inputs = sampling.make_noise(policy, 33, "cpu")
+    contestants = sampling.cpu_contestants(policy, inputs[0], compiled=False)
+    assert all(error < 1e-5 for error in sampling.check(policy, contestants, inputs).values())
+    wrong = contestants["dql"]._replace(given=lambda s, x, z: policy.sample(s, x_T=x, noises=z) * 1.001)
+    with pytest.raises(SystemExit, match="dql at 33 rows: error"):
+        sampling.check(policy, {"dql": wrong}, inputs)
+    unwritten = contestants["dql"]._replace(draw=lambda: torch.full((33, 8), torch.nan))
+    with pytest.raises(SystemExit, match="not finite"):
+        sampling.check(policy, {"dql": unwritten}, inputs)
 
 
 @pytest.mark.parametrize("n", [1, 5])
-def test_acting_agrees_with_dql(n):
-    training.acting_workload(n)
+def test_acting_agrees_with_the_yardstick(n):
+    agent = acting.agent_at("cpu", False)
+    acting.cpu_calls(agent, sampling.make_noise(agent.policy, n, "cpu")[0], compiled=False)  # asserts that it does
+
+
+def test_a_fused_actor_is_checked_before_it_is_timed():
+    kernels = pytest.importorskip("kernels")
+    agent = DiffusionQL(29, 8, hidden_dim=128, n_timesteps=2, device="cuda" if torch.cuda.is_available() else "cpu")
+    state = sampling.make_noise(agent.policy, 3, agent.device)[0]
+    actor = kernels.FusedActor(agent.policy, agent.critic_target, acting.CANDIDATES, "fp32")
+    assert acting.check_fused(agent, actor, state) < 1e-5
+    actor.critic.bias_out += 0.01  # what is packed is wrong
+    with pytest.raises(SystemExit, match="fused fp32, 3 states"):
+        acting.check_fused(agent, actor, state)
+
+
+def test_shares_of_the_ceiling_count_every_product_once():
+    policy = sampling.make_policy(5, "cpu")
+    multiplications = sum(w.numel() for w in (policy.mid_layer[2].weight, policy.mid_layer[4].weight, policy.final_layer.weight))
+    multiplications += 256 * (29 + 8)
+    assert sampling.flops_per_action(policy) == 2 * 5 * multiplications
+    peaks = {"fp16 TFLOP/s": 600.0, "fp32 TFLOP/s": 60.0}
+    found = [timing.ceiling(peaks, precision) for precision in ("fp16", "fp16x3", "fp32", "tf32")]
+    assert found == [600.0, 200.0, 60.0, None]
 
 
 def test_averages_agree_with_dql_where_the_schedule_is_not_trivial():
@@ -43,29 +73,38 @@ def test_averages_agree_with_dql_where_the_schedule_is_not_trivial():
     torch.testing.assert_close(training.parameters(agent), training.parameters(other), rtol=1e-3, atol=1e-5)
 
 
-def test_figures_are_written_whole_and_appended(tmp_path, monkeypatch):
-    calls = {"straightforward": lambda: None, "dql": lambda: None}
-    for workload in ("update_workload", "sampling_workload", "acting_workload"):
-        monkeypatch.setattr(training, workload, lambda *arguments: calls)
-    monkeypatch.setattr(training, "measure", lambda calls, seconds: {
-        "straightforward": dict(p20=3.0, p50=4.0, p80=5.0, rounds=7), "dql": dict(p20=1.0, p50=2.0, p80=3.0, rounds=7)
+@pytest.mark.parametrize("bench, file, n_figures", [(training, "training", 4), (sampling, "sampling", 4), (acting, "acting", 4)])
+def test_figures_are_written_whole_and_appended(tmp_path, monkeypatch, bench, file, n_figures):
+    monkeypatch.setattr(bench, "measure", lambda calls, *_: {
+        name: dict(p20=1.0 + i, p50=2.0 + i, p80=3.0 + i, rounds=7, ratio=2.0 / (2.0 + i)) for i, name in enumerate(calls)
     })  # fmt: skip
+    for module in (sampling, acting):
+        monkeypatch.setattr(module, "has_compiler", lambda: False)
+        monkeypatch.setattr(module, "peaks", lambda device: {"fp32 TFLOP/s": 0.1})
     for _ in range(2):
-        training.main(["--quick", "--threads", "1", "--out", str(tmp_path)])
-    written = json.loads((tmp_path / "training_cpu.json").read_text())
+        bench.main(["--quick", "--threads", "1", "--out", str(tmp_path)])
+    written = json.loads((tmp_path / f"{file}_cpu.json").read_text())
     assert {"cpu", "torch", "numpy", "python", "commit", "date", "figures"} <= written.keys()
-    assert len(written["figures"]) == 12 and {f["ratio"] for f in written["figures"]} == {1.0, 2.0}
-    with (tmp_path / "training.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 24 and set(rows[0]) == set(training.COLUMNS) and all(rows[0].values())
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["training.csv", "training_cpu.json"]
+    assert len(written["figures"]) == n_figures and {f["ratio"] for f in written["figures"]} == {1.0, 2 / 3}
+    with (tmp_path / f"{file}.csv").open() as table:
+        rows = list(csv.DictReader(table))
+    assert len(rows) == 2 * n_figures and set(rows[0]) == {*timing.ORIGIN, *bench.COLUMNS}
+    assert all(row["p50"] and row["contestant"] and row["device"] for row in rows)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"{file}.csv", f"{file}_cpu.json"]
 
 
 def test_timing_takes_turns():
     order = []
-    times = training.measure({name: lambda name=name: order.append(name) for name in (training.BASELINE, "dql")}, 0.0)
-    assert order[4:] == [training.BASELINE, "dql"] * 5 and times["dql"]["rounds"] == 5
-    assert times["dql"]["p20"] <= times["dql"]["p50"] <= times["dql"]["p80"]
+    times = timing.measure({name: lambda name=name: order.append(name) for name in ("first", "second")}, 0.0)
+    assert order[4:] == ["first", "second"] * 5 and times["second"]["rounds"] == 5
+    assert times["second"]["p20"] <= times["second"]["p50"] <= times["second"]["p80"]
+    assert times["first"]["ratio"] == 1.0
+
+
+def test_results_are_named_after_the_device():
+    names = {None: "cpu", "NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200", "NVIDIA A100-SXM4-40GB": "a100", "Tesla": "gpu"}
+    for gpu, expected in names.items():
+        assert timing.device_slug({"gpu": gpu, "cpu": "a CPU"}) == expected
 
 
 def test_the_yardstick_is_independent_of_dql():

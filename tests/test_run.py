@@ -463,6 +463,7 @@ OVERRIDES = {
     "schedule": "cosine", "hidden_dim": 64, "eta": 0.25, "reward_tune": "normalize", "lr": 1e-4, "critic_lr": 2e-4,
     "lr_decay": "released", "grad_norm": 0.5, "discount": 0.9, "tau": 0.1, "ema_decay": 0.9, "ema_start": 0,
     "ema_every": 1, "n_candidates": 3, "top_k": 0, "which": "best", "episodes": 4,
+    "backend": "eager", "matmul_precision": "high",
 }  # fmt: skip
 
 
@@ -492,12 +493,15 @@ def test_quick_changes_what_it_says_and_nothing_else(env):
     paper, quick = dql.parse_arguments(["--env", env]), dql.parse_arguments(["--env", env, "--quick"])
     changed = {k for k, v in dataclasses.asdict(quick).items() if v != getattr(paper, k)}
     assert changed <= {
-        "quick", "epochs", "eval_every", "eval_episodes", "lr", "critic_lr", "lr_decay", "tau", "reward_tune", "eta"
+        "quick", "epochs", "eval_every", "eval_episodes", "lr", "critic_lr", "lr_decay", "tau", "matmul_precision", "reward_tune",
+        "eta", "max_q_backup"
     }  # fmt: skip
     assert quick.reward_tune == "sparse" and quick.eta == pytest.approx(0.1 * paper.eta)
-    assert quick.lr == quick.critic_lr == 1e-3 and quick.lr_decay == "cosine"
+    assert (quick.lr, quick.critic_lr, quick.lr_decay, quick.max_q_backup) == (3e-3, 1e-3, "cosine", True)
     said = comments()["quick"]
-    for words in (f"{quick.epochs} epochs", f"tau {quick.tau}", f"{quick.eval_episodes} episodes", "1e-3", "sparse", "0.1·η"):
+    for words in (f"{quick.epochs} epochs", f"tau {quick.tau}", f"{quick.eval_episodes} episodes", "3e-3", "1e-3"):
+        assert words in said
+    for words in ("max-Q", "sparse", "0.1·η"):
         assert words in said
 
 

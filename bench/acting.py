@@ -1,0 +1,154 @@
+"""Acting: the best of 50 candidates by softmax of Q, for one state and for many; eager, compiled, in a graph, and fused.
+
+    python -m bench.acting              # about two minutes
+    python -m bench.acting --quick      # one state and 100 states, under a minute
+
+On a GPU: dql.py's act as it is and compiled, its tensor part in a CUDA graph, the fused actor launched directly and in a graph,
+and, for one state, what a control loop waits for: numpy observation in, numpy action out. On a CPU: the straightforward agent, dql.py, and dql.py
+compiled. Before timing, candidates and values are checked against float64 as in bench/sampling.py, and the choice against them.
+Written to bench/results/acting_DEVICE.json, a line per figure appended to bench/results/acting.csv.
+"""
+
+import argparse
+import copy
+import gc
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from bench.sampling import ACTION_DIM, STATE_DIM, arithmetic, flops_per_action, make_noise
+from bench.straightforward import StraightforwardDQL
+from bench.timing import RESULTS, ceiling, has_compiler, measure, peaks, save_figures
+from dql import DiffusionQL
+
+CANDIDATES = 50
+COLUMNS = ["states", "contestant", "precision", "p20", "p50", "p80", "ratio", "decisions_per_s", "tflops", "share", "error"]
+
+
+def flops_per_decision(agent) -> int:
+    """Matrix products of 50 chains and of both critics on their ends."""
+    H = agent.critic.q1_model[0].out_features
+    critic = 2 * ((STATE_DIM + ACTION_DIM) * H + 2 * H * H + H)
+    return CANDIDATES * (flops_per_action(agent.policy) + 2 * critic)
+
+
+def error(actual, exact) -> float:
+    return ((actual.double() - exact).norm() / exact.norm()).item()
+
+
+def check_fused(agent, actor, state) -> float:
+    """The values' relative error. Raises SystemExit where candidates or values err over twice the eager ones at that precision."""
+    rows, policy, critic = CANDIDATES * len(state), agent.policy, agent.critic_target
+    _, x_T, noises = make_noise(policy, rows, state.device)
+    gumbel = -torch.empty(len(state), CANDIDATES, device=state.device).exponential_().log()
+    action = actor(state, x_T, noises, gumbel)
+    repeated = state.repeat_interleave(CANDIDATES, 0)
+    exact = copy.deepcopy(policy).double().sample(repeated.double(), x_T=x_T.double(), noises=noises.double())
+    own, values = actor.candidates[:rows], actor.values[:rows]
+    exact_q = torch.minimum(*copy.deepcopy(critic).double()(repeated.double(), own.double()))[:, 0]
+    with torch.no_grad(), arithmetic(actor.policy.precision, state.device.type):
+        eager = error(policy.sample(repeated, x_T=x_T, noises=noises), exact)
+        eager_q = error(torch.minimum(*critic(repeated, own))[:, 0], exact_q)
+    found = error(own, exact), error(values, exact_q)
+    best = (values.view(len(state), -1) + gumbel).argmax(1)
+    chosen = own.view(len(state), CANDIDATES, -1)[torch.arange(len(state), device=state.device), best]
+    if found[0] > max(2 * eager, 1e-6) or found[1] > max(2 * eager_q, 1e-6) or not torch.equal(action, chosen):
+        raise SystemExit(f"fused {actor.policy.precision}, {len(state)} states: errors {found}, eager ones {eager, eager_q}")
+    return found[1]
+
+
+def agent_at(device, compiled: bool) -> DiffusionQL:
+    agent = DiffusionQL(STATE_DIM, ACTION_DIM, device=device, seed=0)
+    if compiled:
+        agent._propose = torch.compile(agent._propose, dynamic=False)
+    return agent
+
+
+def cpu_calls(agent, state, compiled: bool) -> tuple[dict, dict]:
+    plain = StraightforwardDQL(agent)
+    torch.manual_seed(2)  # the straightforward agent draws from torch's own generator, in dql.py's order
+    expected = plain.act(state, CANDIDATES)
+    calls = {"straightforward": lambda: plain.act(state, CANDIDATES)}
+    for name, other in ({"dql": agent} | ({"dql compiled": agent_at("cpu", True)} if compiled else {})).items():
+        actions = other.act(state, CANDIDATES, generator=torch.Generator().manual_seed(2))
+        torch.testing.assert_close(actions, expected, rtol=0, atol=2e-5)
+        calls[name] = lambda other=other: other.act(state, CANDIDATES)
+    return calls, {}
+
+
+def gpu_calls(agent, state, compiled: bool) -> tuple[dict, dict]:
+    """-> (name -> call, name -> error of the fused ones' values)"""
+    from kernels import FusedActor
+    from kernels.graphs import Captured, NumpyActor
+    from kernels.packing import PRECISIONS
+
+    def eager(state):  # agent.act without what waits for the host: the choice by multinomial asks whether Q is finite
+        n = CANDIDATES * len(state)
+        noise = torch.randn(agent.policy.n_timesteps + 1, n, ACTION_DIM, device=state.device)
+        actions, q1, q2 = agent._propose(agent.policy, state, noise[0], noise[1:])
+        gumbel = -torch.empty_like(q1).exponential_().log()
+        pick = (torch.min(q1, q2) + gumbel).argmax(1)
+        return actions[torch.arange(len(state), device=state.device), pick]
+
+    with torch.no_grad():
+        calls = {
+            "eager": lambda: agent.act(state, CANDIDATES),
+            "eager, graph": Captured(torch.no_grad()(eager), state).replay,
+        }
+        if compiled:
+            other = agent_at(state.device, True)
+            calls["compile"] = lambda: other.act(state, CANDIDATES)
+    errors = {}
+    for precision in PRECISIONS:
+        actor = FusedActor(agent.policy, agent.critic_target, CANDIDATES, precision)
+        errors[f"fused {precision}"] = check_fused(agent, actor, state)
+        calls[f"fused {precision}"] = lambda actor=actor: actor(state)
+        if precision == "fp16":
+            errors["fused fp16, graph"] = errors["fused fp16"]
+            calls["fused fp16, graph"] = Captured(actor, state).replay
+    if len(state) == 1:
+        observation = state[0].cpu().numpy()
+        on_host = NumpyActor(FusedActor(agent.policy, agent.critic_target, CANDIDATES), STATE_DIM)
+        calls["eager, numpy to numpy"] = lambda: agent.act(observation, CANDIDATES)
+        calls["fused fp16, graph, numpy to numpy"] = lambda: on_host(observation)
+    return calls, errors
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one state and 100 states, under a minute")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads, where it runs on a CPU")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    on_gpu = device.type == "cuda"
+    seconds = (0.5 if options.quick else 1.0) if on_gpu else (2.0 if options.quick else 10.0)
+    sizes = (1, 100) if options.quick or not on_gpu else (1, 8, 64, 100, 1024, 4096)
+    found_peaks, figures, start = peaks(device), [], time.perf_counter()
+    print("ceilings:", found_peaks, flush=True)
+    for n in sizes:
+        agent = agent_at(device, False)
+        state = make_noise(agent.policy, n, device)[0]
+        compiled = has_compiler() if not on_gpu else n in (1, 100) and not options.quick
+        calls, errors = (gpu_calls if on_gpu else cpu_calls)(agent, state, compiled)
+        for name, t in measure(calls, seconds, device).items():
+            precision = name.split(",")[0].removeprefix("fused ") if name.startswith("fused") else "fp32"
+            tflops, most = flops_per_decision(agent) * n / t["p50"] / 1e9, ceiling(found_peaks, precision)
+            figure = dict(states=n, contestant=name, precision=precision, **t, decisions_per_s=round(n / t["p50"] * 1e3))
+            figure |= dict(tflops=round(tflops, 4), share=round(tflops / most, 4) if most else None, error=errors.get(name))
+            figures.append(figure)
+            share = f"{figure['share']:7.1%}" if most else ""
+            rate = f"{figure['decisions_per_s']:11,} decisions/s {t['ratio']:8.2f}x {tflops:8.2f} TFLOP/s {share}"
+            print(f"{n:6d} states  {name:34s}{t['p50']:10.4f} ms {rate}", flush=True)
+        gc.collect()  # graphs hold their memory until they are gone
+    more = {"peaks": found_peaks, "quick": options.quick, "threads": options.threads, "candidates": CANDIDATES}
+    path = save_figures("acting", figures, COLUMNS, options.out, **more)
+    print(f"{len(figures)} figures in {path}, {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

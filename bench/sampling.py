@@ -1,0 +1,229 @@
+"""Sampling actions from a diffusion policy: eager, compiled, in CUDA graphs, and fused into one kernel.
+
+    python -m bench.sampling              # on a GPU about four minutes, on a CPU two
+    python -m bench.sampling --quick      # a few sizes, under two minutes
+
+On a GPU: dql.py's chain as it is, in a CUDA graph, under torch.compile (default, and max-autotune with its graphs), the fused
+kernel launched directly and in a graph, at every precision. On a CPU: the straightforward chain, dql.py's hoisted one, and that
+compiled. Each contestant draws its own noise. Before it is timed, it gets the noise handed in and may differ from the chain in
+float64 by at most twice as much as the eager chain at the same precision does.
+
+Figures: milliseconds a call (20th, 50th and 80th percentile), actions/s, the ratio to the first contestant, and TFLOP/s with
+its share of the ceiling, which a large matrix product of that precision sets in the same run.
+Written to bench/results/sampling_DEVICE.json, a line per figure appended to bench/results/sampling.csv.
+"""
+
+import argparse
+import copy
+import gc
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from bench.straightforward import Diffusion
+from bench.timing import RESULTS, ceiling, has_compiler, measure, peaks, save_figures
+from dql import DiffusionPolicy
+
+STATE_DIM, ACTION_DIM = 29, 8
+COLUMNS = ["T", "batch", "contestant", "precision", "p20", "p50", "p80", "ratio", "actions_per_s", "tflops", "share", "error"]
+CHECKED_ROWS = 4096
+
+
+class Contestant(NamedTuple):
+    draw: Callable  # () -> actions, noise drawn on the way: what is timed
+    given: Callable  # (state, x_T, noises) -> actions: what is checked
+    precision: str = "fp32"
+
+
+def make_policy(T: int, device) -> DiffusionPolicy:
+    torch.manual_seed(0)
+    return DiffusionPolicy(STATE_DIM, ACTION_DIM, n_timesteps=T).requires_grad_(False).to(device)
+
+
+def make_noise(policy, n: int, device):
+    """The tensors that a contestant may be handed: state (n,S), x_T (n,A), noises (T,n,A)."""
+    g = torch.Generator(device).manual_seed(1)
+    shapes = (n, STATE_DIM), (n, ACTION_DIM), (policy.n_timesteps, n, ACTION_DIM)
+    return [torch.randn(*shape, generator=g, device=device) for shape in shapes]
+
+
+def flops_per_action(policy) -> int:
+    """Multiplications and additions of the chain's matrix products; the time embedding needs none, it is a table."""
+    H = policy.final_layer.in_features
+    return 2 * policy.n_timesteps * ((STATE_DIM + ACTION_DIM) * H + 2 * H * H + H * ACTION_DIM)
+
+
+def draw_outside(function, state, policy):
+    """() -> function(state, fresh noise): for what is compiled, so that one compilation serves timing and checking."""
+
+    def draw():
+        x_T = torch.randn(len(state), ACTION_DIM, device=state.device)
+        return function(state, x_T, torch.randn(policy.n_timesteps, *x_T.shape, device=state.device))
+
+    return draw
+
+
+def cpu_contestants(policy, state, compiled: bool) -> dict:
+    plain = Diffusion(STATE_DIM, ACTION_DIM, policy.final_layer.in_features, policy.n_timesteps)
+    plain.model.load_state_dict(policy.state_dict())
+    chain = lambda s, x, z: policy.sample(s, x_T=x, noises=z)  # noqa: E731
+    found = {
+        "straightforward": Contestant(lambda: plain.sample(state), plain.sample),
+        "dql": Contestant(lambda: policy.sample(state), chain),
+    }
+    if compiled:
+        quick = torch.compile(chain)
+        found["dql compiled"] = Contestant(draw_outside(quick, state, policy), quick)
+    return found
+
+
+def gpu_contestants(policy, state, compiled: bool, autotuned: bool, precisions) -> dict:
+    from kernels import FusedSampler
+    from kernels.graphs import Captured
+    from kernels.sampler import choose_tile
+
+    chain = lambda s, x, z: policy.sample(s, x_T=x, noises=z)  # noqa: E731
+    found = {
+        "eager": Contestant(lambda: policy.sample(state), chain),
+        "eager, graph": Contestant(Captured(policy.sample, state).replay, chain),
+    }
+    modes = {"compile": "default"} if compiled else {}
+    modes |= {"compile max-autotune, graph": "max-autotune"} if autotuned else {}
+    for name, mode in modes.items():
+        quick = torch.compile(chain, mode=mode, dynamic=False)
+        found[name] = Contestant(draw_outside(quick, state, policy), quick)
+    for precision in precisions:
+        sampler = FusedSampler(policy, precision)
+        tile = choose_tile(len(state), precision, sampler.arch)
+        given = lambda *inputs, sampler=sampler, tile=tile: sampler(*inputs, tile=tile)  # noqa: E731
+        found[f"fused {precision}"] = Contestant(lambda sampler=sampler: sampler(state), given, precision)
+        if precision in ("fp16", "fp16x3"):
+            found[f"fused {precision}, graph"] = Contestant(Captured(sampler, state).replay, given, precision)
+    return found
+
+
+@contextmanager
+def arithmetic(precision: str, device: str):
+    """The eager chain's matrix products at a precision; fp16x3 is judged as fp32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    with torch.autocast(device, torch.float16, enabled=precision == "fp16"):
+        yield
+    torch.set_float32_matmul_precision(before)
+
+
+def check(policy, contestants: dict, inputs) -> dict:
+    """name -> relative error ‖a - a₆₄‖/‖a₆₄‖ of its first rows. Raises SystemExit where it is over twice the eager chain's."""
+    state, x_T, noises = inputs[0][:CHECKED_ROWS], inputs[1][:CHECKED_ROWS], inputs[2][:, :CHECKED_ROWS]
+    exact = copy.deepcopy(policy).double().sample(state.double(), x_T=x_T.double(), noises=noises.double())
+
+    def error(actions):
+        return ((actions[: len(exact)].double() - exact).norm() / exact.norm()).item()
+
+    errors = {}
+    for name, contestant in contestants.items():
+        with arithmetic(contestant.precision, state.device.type):
+            allowed = 2 * error(policy.sample(state, x_T=x_T, noises=noises))
+        errors[name] = error(contestant.given(*inputs))
+        if not errors[name] <= max(allowed, 1e-6):
+            raise SystemExit(f"{name} at {len(inputs[0])} rows: error {errors[name]:.2e}, twice the eager chain's is {allowed:.2e}")
+        first, second = contestant.draw().clone(), contestant.draw()
+        if not (second.isfinite().all() and second.abs().max() <= policy.max_action and (first != second).any()):
+            raise SystemExit(f"{name} at {len(inputs[0])} rows: what it draws is not finite, outside the box, or always the same")
+    return errors
+
+
+def run_case(T: int, n: int, device, seconds: float, found_peaks: dict, how: dict) -> list[dict]:
+    policy = make_policy(T, device)
+    inputs = make_noise(policy, n, device)
+    make = gpu_contestants if device.type == "cuda" else cpu_contestants
+    contestants = make(policy, inputs[0], **how)
+    errors = check(policy, contestants, inputs)
+    measured = measure({name: c.draw for name, c in contestants.items()}, seconds, device)
+    figures = []
+    for name, t in measured.items():
+        tflops = flops_per_action(policy) * n / t["p50"] / 1e9
+        most = ceiling(found_peaks, contestants[name].precision)
+        figures.append(
+            dict(T=T, batch=n, contestant=name, precision=contestants[name].precision, **t, actions_per_s=round(n / t["p50"] * 1e3))
+            | dict(tflops=round(tflops, 4), share=round(tflops / most, 4) if most else None, error=float(f"{errors[name]:.3g}"))
+        )
+    return figures
+
+
+def tile_figures(batches, device, seconds: float) -> list[dict]:
+    """Both tiles at the sizes around the one where choose_tile changes over: does it choose the faster?"""
+    from kernels import FusedSampler
+    from kernels.sampler import SMALL, choose_tile
+
+    figures = []
+    for n in batches:
+        policy = make_policy(5, device)
+        state = make_noise(policy, n, device)[0]
+        for precision in ("fp16", "fp16x3"):
+            sampler = FusedSampler(policy, precision)
+            large = choose_tile(1 << 30, precision, sampler.arch)
+            calls = {name: lambda tile=tile: sampler(state, tile=tile) for name, tile in (("small", SMALL), ("large", large))}
+            measured = measure(calls, seconds, device)
+            chosen = "small" if choose_tile(n, precision, sampler.arch) == SMALL else "large"
+            best = min(measured, key=lambda name: measured[name]["p50"])
+            lost = measured[chosen]["p50"] / measured[best]["p50"] - 1
+            figures.append({"batch": n, "precision": precision, "chosen": chosen, "faster": best, "lost": round(lost, 4), **measured})
+    return figures
+
+
+def cases(device, quick: bool) -> list[tuple[int, int, dict]]:
+    """(T, batch, which contestants)."""
+    if device.type != "cuda":
+        compiled = has_compiler()
+        sizes = [(5, n) for n in ((1, 256) if quick else (1, 64, 256, 2560, 16384))] + [(50, n) for n in (() if quick else (1, 256))]
+        return [(T, n, {"compiled": compiled and T == 5}) for T, n in sizes]
+    from kernels.packing import PRECISIONS
+
+    compiled = (1, 64, 1 << 20) if quick else (1, 64, 4096, 1 << 20)  # each size is compiled on its own, in 10 s to a minute
+    short = (1, 64, 1 << 20) if quick else (1, 8, 64, 256, 1024, 4096, 1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22)
+    long = () if quick else (1, 64, 4096, 1 << 20)
+    found = []
+    for T, sizes in ((5, short), (50, long)):  # 50 unrolled steps would compile for minutes
+        for n in sizes:
+            how = dict(compiled=T == 5 and n in compiled, autotuned=T == 5 and n in (64, 1 << 20) and not quick)
+            found.append((T, n, how | {"precisions": PRECISIONS}))
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a few sizes, under two minutes")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads, where it runs on a CPU")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    seconds = (0.2 if options.quick else 0.4) if device.type == "cuda" else (2.0 if options.quick else 5.0)
+    found_peaks, figures, start = peaks(device), [], time.perf_counter()
+    print("ceilings:", found_peaks, flush=True)
+    for T, n, how in cases(device, options.quick):
+        for f in run_case(T, n, device, seconds, found_peaks, how):
+            share = f"{f['share']:7.1%}" if f["share"] is not None else ""
+            rate = f"{f['actions_per_s']:13,} actions/s {f['ratio']:8.2f}x {f['tflops']:8.2f} TFLOP/s {share}"
+            print(f"T={T:2d} {n:8d} rows  {f['contestant']:28s}{f['p50']:10.4f} ms {rate}  error {f['error']:.1e}", flush=True)
+            figures.append(f)
+        gc.collect()  # graphs hold their memory until they are gone
+    more = {"peaks": found_peaks, "quick": options.quick, "threads": options.threads}
+    if device.type == "cuda":
+        sizes = (1024, 16384) if options.quick else (1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15)
+        more["tiles"] = tile_figures(sizes, device, seconds)
+        for t in more["tiles"]:
+            print(f"{t['batch']:8d} rows {t['precision']:7s} tile chosen {t['chosen']}, faster {t['faster']}, lost {t['lost']:.1%}")
+    path = save_figures("sampling", figures, COLUMNS, options.out, **more)
+    print(f"{len(figures)} figures in {path}, {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
