@@ -4,8 +4,8 @@
     python -m bench.acting --quick      # one state and 100 states, under a minute
 
 On a GPU: dql.py's act as it is and compiled, its tensor part in a CUDA graph, the fused actor launched directly and in a graph,
-and, for one state, what a control loop waits for: numpy observation in, numpy action out. On a CPU: the straightforward agent, dql.py, and dql.py
-compiled. Before timing, candidates and values are checked against float64 as in bench/sampling.py, and the choice against them.
+and, for one state, what a control loop waits for: numpy observation in, numpy action out. On a CPU: the straightforward agent,
+dql.py, and dql.py compiled. Before timing, candidates and values are checked against float64 as in bench/sampling.py, and the choice against them.
 Written to bench/results/acting_DEVICE.json, a line per figure appended to bench/results/acting.csv.
 """
 
@@ -39,7 +39,7 @@ def error(actual, exact) -> float:
 
 
 def check_fused(agent, actor, state) -> float:
-    """The values' relative error. Raises SystemExit where candidates or values err over twice the eager ones at that precision."""
+    """The values' relative error. Raises SystemExit where it, or the candidates', is over twice the eager one at that precision."""
     rows, policy, critic = CANDIDATES * len(state), agent.policy, agent.critic_target
     _, x_T, noises = make_noise(policy, rows, state.device)
     gumbel = -torch.empty(len(state), CANDIDATES, device=state.device).exponential_().log()
@@ -138,8 +138,8 @@ def main(argv: list[str] | None = None) -> None:
         for name, t in measure(calls, seconds, device).items():
             precision = name.split(",")[0].removeprefix("fused ") if name.startswith("fused") else "fp32"
             tflops, most = flops_per_decision(agent) * n / t["p50"] / 1e9, ceiling(found_peaks, precision)
-            figure = dict(states=n, contestant=name, precision=precision, **t, decisions_per_s=round(n / t["p50"] * 1e3))
-            figure |= dict(tflops=round(tflops, 4), share=round(tflops / most, 4) if most else None, error=errors.get(name))
+            figure = {"states": n, "contestant": name, "precision": precision, **t, "decisions_per_s": round(n / t["p50"] * 1e3)}
+            figure |= {"tflops": round(tflops, 4), "share": most and round(tflops / most, 4), "error": errors.get(name)}
             figures.append(figure)
             share = f"{figure['share']:7.1%}" if most else ""
             rate = f"{figure['decisions_per_s']:11,} decisions/s {t['ratio']:8.2f}x {tflops:8.2f} TFLOP/s {share}"

@@ -17,9 +17,25 @@ import torch
 
 from bench import acting, plot, sampling
 from bench.timing import RESULTS
+from kernels.packing import PRECISIONS
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNEL_TESTS = ("test_sampler.py", "test_actor.py", "test_graphs.py")
+KERNEL_TESTS = [str(ROOT / "tests" / name) for name in ("test_sampler.py", "test_actor.py", "test_graphs.py")]
+# Each accuracy test compiles a kernel for seconds, on one core: they run side by side, the others in a process of their own.
+SHARDS = [f"twice and {precision}- and {tile}" for precision in PRECISIONS for tile in ("small", "large")] + ["not twice"]
+
+
+def test_kernels() -> None:
+    """The kernels' tests on this GPU. Raises SystemExit if one fails, or if a shard has lost its tests."""
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", *KERNEL_TESTS, "-k"]
+    shards = [subprocess.Popen([*command, shard], cwd=ROOT, stdout=subprocess.PIPE, text=True) for shard in SHARDS]
+    broken = []
+    for name, process in zip(SHARDS, shards):
+        output = process.communicate()[0]
+        print(f"{name:28s}{output.strip().splitlines()[-1]}" if process.returncode == 0 else output, flush=True)
+        broken += [name] if process.returncode else []
+    if broken:
+        raise SystemExit(f"a kernel is wrong on this GPU, see above ({'; '.join(broken)}): nothing was timed")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -34,10 +50,7 @@ def main(argv: list[str] | None = None) -> None:
 
     if torch.cuda.is_available():
         say("the kernels' tests, on this GPU")
-        files = [str(ROOT / "tests" / name) for name in KERNEL_TESTS]
-        done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-rs", *files], cwd=ROOT)
-        if done.returncode:
-            raise SystemExit("a kernel is wrong on this GPU (see above): nothing was timed")
+        test_kernels()
     arguments = [*(["--quick"] if options.quick else []), "--out", str(options.out)]
     for bench in (sampling, acting):
         say(bench.__name__)

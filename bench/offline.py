@@ -1,7 +1,7 @@
 """What ptxas makes of the shipped kernels, without a GPU: registers, spills, shared memory, tensor-core instructions.
 
-    python -m bench.offline                # sm_80, sm_90 and sm_100: minutes
-    python -m bench.offline --arch 90
+    python -m bench.offline                                  # everything, into bench/results/offline.json: minutes
+    python -m bench.offline --arch 90 --only "256 fp16$"     # some, and only printed
 
 Nothing is timed. Spills are local loads and stores counted in the machine code: n_spills needs a device.
 """
@@ -14,15 +14,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench.machine import describe
+from bench.timing import RESULTS
 from kernels.actor import _actor, choose_actor_tile
 from kernels.packing import HIDDEN_DIMS, PRECISIONS
 from kernels.sampler import _sampler, choose_tile
+from run_folder import save_json
 
 ARCHITECTURES = (80, 90, 100)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -92,16 +97,25 @@ def cases(arch: int, hidden_dims=HIDDEN_DIMS) -> dict:
     return found
 
 
+def compile_case(arch: int, name: str) -> dict:
+    kernel, signature, constants, how = cases(arch)[name]
+    return {"case": name, **compile_for(arch, kernel, signature, constants, **how)}
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES))
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
+    parser.add_argument("--only", nargs="+", default=[""], help="cases in whose name one of these patterns is found")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time")
     options = parser.parse_args(argv)
-    for arch in options.arch:
-        for name, (kernel, signature, constants, how) in cases(arch).items():
-            if options.only in name:
-                found = compile_for(arch, kernel, signature, constants, **how)
-                print(f"{name:28s}", json.dumps(found), flush=True)
+    todo = [(arch, name) for arch in options.arch for name in cases(arch) if any(re.search(part, name) for part in options.only)]
+    found = []
+    with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
+        for result in pool.map(compile_case, *zip(*todo)):
+            print(json.dumps(result), flush=True)
+            found.append(result)
+    if len(todo) == sum(len(cases(arch)) for arch in ARCHITECTURES):
+        save_json(RESULTS / "offline.json", {**describe(), "triton": triton.__version__, "cases": found})
 
 
 if __name__ == "__main__":

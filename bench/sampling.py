@@ -131,7 +131,8 @@ def check(policy, contestants: dict, inputs) -> dict:
             allowed = 2 * error(policy.sample(state, x_T=x_T, noises=noises))
         errors[name] = error(contestant.given(*inputs))
         if not errors[name] <= max(allowed, 1e-6):
-            raise SystemExit(f"{name} at {len(inputs[0])} rows: error {errors[name]:.2e}, twice the eager chain's is {allowed:.2e}")
+            found = f"error {errors[name]:.2e}, twice the eager chain's is {allowed:.2e}"
+            raise SystemExit(f"{name} at {len(inputs[0])} rows: {found}")
         first, second = contestant.draw().clone(), contestant.draw()
         if not (second.isfinite().all() and second.abs().max() <= policy.max_action and (first != second).any()):
             raise SystemExit(f"{name} at {len(inputs[0])} rows: what it draws is not finite, outside the box, or always the same")
@@ -147,12 +148,11 @@ def run_case(T: int, n: int, device, seconds: float, found_peaks: dict, how: dic
     measured = measure({name: c.draw for name, c in contestants.items()}, seconds, device)
     figures = []
     for name, t in measured.items():
-        tflops = flops_per_action(policy) * n / t["p50"] / 1e9
-        most = ceiling(found_peaks, contestants[name].precision)
-        figures.append(
-            dict(T=T, batch=n, contestant=name, precision=contestants[name].precision, **t, actions_per_s=round(n / t["p50"] * 1e3))
-            | dict(tflops=round(tflops, 4), share=round(tflops / most, 4) if most else None, error=float(f"{errors[name]:.3g}"))
-        )
+        precision, tflops = contestants[name].precision, flops_per_action(policy) * n / t["p50"] / 1e9
+        most = ceiling(found_peaks, precision)
+        figure = {"T": T, "batch": n, "contestant": name, "precision": precision, **t, "error": float(f"{errors[name]:.3g}")}
+        figure |= {"actions_per_s": round(n / t["p50"] * 1e3), "tflops": round(tflops, 4)}
+        figures.append(figure | {"share": most and round(tflops / most, 4)})
     return figures
 
 
@@ -173,7 +173,8 @@ def tile_figures(batches, device, seconds: float) -> list[dict]:
             chosen = "small" if choose_tile(n, precision, sampler.arch) == SMALL else "large"
             best = min(measured, key=lambda name: measured[name]["p50"])
             lost = measured[chosen]["p50"] / measured[best]["p50"] - 1
-            figures.append({"batch": n, "precision": precision, "chosen": chosen, "faster": best, "lost": round(lost, 4), **measured})
+            figure = {"batch": n, "precision": precision, "chosen": chosen, "faster": best, "lost": round(lost, 4)}
+            figures.append(figure | measured)
     return figures
 
 
@@ -181,8 +182,8 @@ def cases(device, quick: bool) -> list[tuple[int, int, dict]]:
     """(T, batch, which contestants)."""
     if device.type != "cuda":
         compiled = has_compiler()
-        sizes = [(5, n) for n in ((1, 256) if quick else (1, 64, 256, 2560, 16384))] + [(50, n) for n in (() if quick else (1, 256))]
-        return [(T, n, {"compiled": compiled and T == 5}) for T, n in sizes]
+        sizes = {5: (1, 256)} if quick else {5: (1, 64, 256, 2560, 16384), 50: (1, 256)}
+        return [(T, n, {"compiled": compiled and T == 5}) for T, batches in sizes.items() for n in batches]
     from kernels.packing import PRECISIONS
 
     compiled = (1, 64, 1 << 20) if quick else (1, 64, 4096, 1 << 20)  # each size is compiled on its own, in 10 s to a minute
@@ -191,7 +192,7 @@ def cases(device, quick: bool) -> list[tuple[int, int, dict]]:
     found = []
     for T, sizes in ((5, short), (50, long)):  # 50 unrolled steps would compile for minutes
         for n in sizes:
-            how = dict(compiled=T == 5 and n in compiled, autotuned=T == 5 and n in (64, 1 << 20) and not quick)
+            how = {"compiled": T == 5 and n in compiled, "autotuned": T == 5 and n in (64, 1 << 20) and not quick}
             found.append((T, n, how | {"precisions": PRECISIONS}))
     return found
 
@@ -220,7 +221,8 @@ def main(argv: list[str] | None = None) -> None:
         sizes = (1024, 16384) if options.quick else (1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15)
         more["tiles"] = tile_figures(sizes, device, seconds)
         for t in more["tiles"]:
-            print(f"{t['batch']:8d} rows {t['precision']:7s} tile chosen {t['chosen']}, faster {t['faster']}, lost {t['lost']:.1%}")
+            found = f"tile chosen {t['chosen']}, faster {t['faster']}, lost {t['lost']:.1%}"
+            print(f"{t['batch']:8d} rows {t['precision']:7s} {found}")
     path = save_figures("sampling", figures, COLUMNS, options.out, **more)
     print(f"{len(figures)} figures in {path}, {time.perf_counter() - start:.0f} s")
 

@@ -42,7 +42,7 @@ def time_calls(call: Callable, n: int, device: torch.device) -> float:
 
 
 def measure(calls: dict, seconds: float, device="cpu", min_rounds: int = 5) -> dict:
-    """Interleaved rounds of all calls for about `seconds`. -> name: {"p20", "p50", "p80"} in ms a call, "rounds" and "ratio".
+    """Interleaved rounds of all calls for about `seconds`. -> name: {"p20", "p50", "p80"} in ms, "rounds" and "ratio".
 
     A round times each call once, so that a busy moment of the machine meets them all. ratio: the first call's median over its own.
     """

@@ -151,8 +151,8 @@ class FusedActor:
             _actor[(B, parts)](
                 state, x_T if given else nothing, noises if given else nothing, gumbel if wanted else nothing,
                 self.seed if seed is None else seed, self.counter if seed is None else torch.zeros_like(self.counter),
-                self.done, self.candidates, self.values, out, n * B, 0, p.coefficients, p.bias, p.bias_out, p.max_action, *p.weights,
-                q.bias, q.bias_out, *q.weights,
+                self.done, self.candidates, self.values, out, n * B, 0, p.coefficients, p.bias, p.bias_out,
+                p.max_action, *p.weights, q.bias, q.bias_out, *q.weights,
                 N=n, N_PADDED=triton.next_power_of_2(n), PARTS=parts, GREEDY=self.greedy, Q_H=q.hidden_dim,
                 STATE_DIM=p.state_dim, ACTION_DIM=p.action_dim, T=p.n_timesteps, GIVEN=given,
                 ROWS=tile.rows, S=p.S, A=p.A, H=p.hidden_dim, CHUNK=tile.chunk, SCALE=p.scale, PRECISION=p.precision,

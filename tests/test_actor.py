@@ -2,9 +2,14 @@
 
 import copy
 import math
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 
 triton = pytest.importorskip("triton", reason="triton has no package for this platform")
 import triton.language as tl  # noqa: E402
@@ -226,3 +231,24 @@ def test_inputs_that_do_not_fit_are_refused_by_name(change, message):
 def test_networks_that_do_not_fit_are_refused(make, message):
     with pytest.raises(UnsupportedError, match=message):
         make()
+
+
+SANITIZED = """
+import torch, kernels
+from dql import DiffusionQL
+agent = DiffusionQL(11, 3, hidden_dim=128, device="cuda")
+for precision in ("fp16", "fp16x3"):
+    kernels.FusedSampler(agent.policy, precision)(torch.randn(50, 11, device="cuda"))
+    kernels.FusedSampler(agent.policy, precision)(torch.randn(5000, 11, device="cuda"))
+    kernels.FusedActor(agent.policy, agent.critic, 50, precision)(torch.randn(3, 11, device="cuda"))
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not shutil.which("compute-sanitizer"), reason="compute-sanitizer is not installed")
+def test_compute_sanitizer_finds_no_bad_access():
+    command = ["compute-sanitizer", "--error-exitcode", "3", sys.executable, "-c", SANITIZED]
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that each tensor has bounds of its own
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]

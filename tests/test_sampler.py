@@ -14,10 +14,9 @@ import triton.language as tl  # noqa: E402
 from reference import DEVICE, TILES, eager_at, error, exact, make_noise, make_policy  # noqa: E402
 
 import kernels  # noqa: E402
-from dql import DiffusionQL  # noqa: E402
 from kernels import FusedSampler, UnsupportedError  # noqa: E402
 from kernels.ops import normals  # noqa: E402
-from kernels.packing import PRECISIONS  # noqa: E402
+from kernels.packing import PRECISIONS, architecture  # noqa: E402
 from kernels.sampler import LARGE, SMALL, choose_tile  # noqa: E402
 
 # state, action, hidden, T, schedule, max_action
@@ -51,7 +50,7 @@ def test_error_is_at_most_twice_that_of_the_eager_chain_at_the_same_precision(
 
 
 @pytest.mark.parametrize("tile", TILES)
-@pytest.mark.parametrize("n", [1, 17, 65])
+@pytest.mark.parametrize("n", [1, 3, 17, 65])
 def test_rows_do_not_depend_on_how_many_there_are(n, tile):
     policy = make_policy(29, 8, n_timesteps=2)
     sampler, (state, x_T, noises) = FusedSampler(policy), make_noise(policy, 129)
@@ -238,6 +237,12 @@ def test_cpu_tensors_without_the_interpreter_are_refused(monkeypatch):
     monkeypatch.setattr("kernels.packing.interpreting", lambda: False)
     with pytest.raises(UnsupportedError, match="TRITON_INTERPRET=1"):
         sampler(torch.zeros(3, 11))
+
+
+def test_a_gpu_older_than_the_kernels_need_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(UnsupportedError, match="sm_75.*sm_80"):
+        architecture(torch.device("cuda"))
 
 
 def test_why_not_says_why_the_kernels_cannot_run(monkeypatch):

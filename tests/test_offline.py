@@ -1,0 +1,53 @@
+"""What ptxas makes of the kernels for GPUs that are not here: no spills worth the name, matrix units used, chips not overrun.
+
+Compiled in a process of its own: here kernels are defined for the interpreter. Sizes are antmaze's, 50 candidates.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+pytest.importorskip("triton", reason="triton has no package for this platform")
+
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that one block can have
+PRECISIONS = ("fp16", "tf32", "fp16x3", "fp32")
+CASES = [
+    *(f"actor {size} 256 {precision}" for size in ("small", "large") for precision in PRECISIONS),
+    *(f"sampler {size} 256 fp16" for size in ("small", "large")),
+    *(f"actor {size} {hidden} fp16" for size in ("small", "large") for hidden in (128, 512)),
+]
+# Words spilled, loads and stores together, where it is not zero.
+SPILLED = {}
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """(sm, case) -> what bench.offline found."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench.offline", "--only", *(f"^{case}$" for case in CASES)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return {(found["arch"], found["case"]): found for found in map(json.loads, done.stdout.splitlines())}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("arch", SHARED)
+def test_a_kernel_fits_the_chip_spills_no_more_than_known_and_uses_its_matrix_units(compiled, arch, case):
+    found = compiled[arch, case]
+    assert found["BPT"] == 0 and found["instructions"] > 1000, "compiled to a trap"
+    assert found["shared"] <= SHARED[arch]
+    assert found["LDL"] + found["STL"] <= SPILLED.get((arch, case), 0)
+    if case.endswith("fp32"):
+        assert found["FFMA"] > 1000 and found["HGMMA"] + found["UTCHMMA"] + found["HMMA"] == 0
+    elif arch == 90:
+        assert found["HGMMA"] > 0
+    else:
+        assert found["UTCHMMA"] + found["HMMA"] > 0
+
+
+def test_the_cases_are_those_that_are_shipped(compiled):
+    assert compiled.keys() == {(arch, case) for arch in SHARED for case in CASES}

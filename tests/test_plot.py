@@ -1,0 +1,86 @@
+"""The picture of the benchmarks, and the command that makes them all."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from matplotlib.image import imread
+
+from bench import acting, plot, sampling
+from bench import all as everything
+
+
+def write_figures(folder, device):
+    where = dict(gpu=None if device == "cpu" else device, cpu="a CPU", torch="2.13.0", date="2026-01-01", commit="abcdef0")
+    sampled = [
+        dict(T=5, batch=n, contestant=c, precision="fp16", p50=0.1 * n**0.5, actions_per_s=1e4 * n**0.5, share=0.1)
+        for n in (1, 64, 4096)
+        for c in ("eager", "eager, graph", "compile", "fused fp16", "fused fp16, graph")
+    ]
+    acted = [dict(states=n, contestant=c, p50=0.2) for n in (1, 100) for c in ("eager", "fused fp16", "eager, numpy to numpy")]
+    (folder / f"sampling_{device}.json").write_text(json.dumps({**where, "figures": sampled}))
+    (folder / f"acting_{device}.json").write_text(json.dumps({**where, "candidates": 50, "figures": acted}))
+
+
+def test_every_measured_device_gets_a_picture(tmp_path, capsys):
+    for device in ("cpu", "h100"):
+        write_figures(tmp_path, device)
+    (tmp_path / "acting_h100.json").unlink()
+    plot.main(["--results", str(tmp_path)])
+    wide, narrow = (imread(tmp_path / f"sampling_{device}.png") for device in ("cpu", "h100"))
+    assert wide.shape[1] > narrow.shape[1] > 900 and wide.std() > 0.05
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_device_that_was_not_measured_is_refused_with_those_that_were(tmp_path):
+    with pytest.raises(SystemExit, match="run python -m bench.sampling first"):
+        plot.main(["--results", str(tmp_path)])
+    write_figures(tmp_path, "cpu")
+    with pytest.raises(SystemExit, match="no figures of h100.*there are: cpu"):
+        plot.main(["h100", "--results", str(tmp_path)])
+
+
+def test_a_contestant_and_its_graph_share_a_colour_and_others_do_not():
+    names = ["eager", "eager, graph", "compile", "fused fp16", "fused fp16, graph", "fused tf32"]
+    colour = plot.colours(names)
+    assert colour["eager"] == colour["eager, graph"] and colour["fused fp16"] == colour["fused fp16, graph"]
+    assert len(set(colour.values())) == 4
+
+
+def test_all_measures_everything_and_draws_it(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(everything.torch.cuda, "is_available", lambda: False)
+    for module in (sampling, acting):
+        monkeypatch.setattr(module, "main", lambda argv, name=module.__name__: asked.append((name, argv)))
+    write_figures(tmp_path, "cpu")
+    everything.main(["--quick", "--out", str(tmp_path)])
+    assert asked == [(f"bench.{name}", ["--quick", "--out", str(tmp_path)]) for name in ("sampling", "acting")]
+    assert (tmp_path / "sampling_cpu.png").exists()
+
+
+def test_nothing_is_timed_where_a_kernel_is_wrong(tmp_path, monkeypatch):
+    class Tests:
+        def __init__(self, command, **_):
+            self.returncode = int("tf32-" in command[-1])
+
+        def communicate(self):
+            return "1 failed" if self.returncode else "1 passed", None
+
+    monkeypatch.setattr(everything.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(everything.subprocess, "Popen", Tests)
+    monkeypatch.setattr(sampling, "main", lambda argv: pytest.fail("timed all the same"))
+    with pytest.raises(SystemExit, match="twice and tf32- and small; twice and tf32- and large.*nothing was timed"):
+        everything.main(["--out", str(tmp_path)])
+
+
+def test_each_of_the_kernels_tests_belongs_to_one_shard_and_no_shard_is_empty():
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", *everything.KERNEL_TESTS]
+    collected = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    names = [line.split("::")[1] for line in collected.splitlines() if "::" in line]
+    belong = {shard: [n for n in names if all(word in n for word in shard.split(" and "))] for shard in everything.SHARDS[:-1]}
+    belong[everything.SHARDS[-1]] = [n for n in names if "twice" not in n]
+    assert all(belong.values())
+    assert sorted(sum(belong.values(), [])) == sorted(names)
