@@ -3,7 +3,7 @@
     python -m bench.acting              # about two minutes
     python -m bench.acting --quick      # one state and 100 states, under a minute
 
-On a GPU: dql.py's act as it is and compiled, its tensor part in a CUDA graph, the fused actor launched directly and in a graph,
+On a GPU: dql.py's act, plain and compiled, their tensor part in a CUDA graph, the fused actor launched directly and in a graph,
 and, for one state, what a control loop waits for: numpy observation in, numpy action out. On a CPU: the straightforward agent,
 dql.py, and dql.py compiled. Before timing, candidates and values are checked against float64 as in bench/sampling.py, and the choice against them.
 Written to bench/results/acting_DEVICE.json, a line per figure appended to bench/results/acting.csv.
@@ -84,22 +84,22 @@ def gpu_calls(agent, state, compiled: bool) -> tuple[dict, dict]:
     from kernels.graphs import Captured, NumpyActor
     from kernels.packing import PRECISIONS
 
-    def eager(state):  # agent.act without what waits for the host: the choice by multinomial asks whether Q is finite
-        n = CANDIDATES * len(state)
-        noise = torch.randn(agent.policy.n_timesteps + 1, n, ACTION_DIM, device=state.device)
-        actions, q1, q2 = agent._propose(agent.policy, state, noise[0], noise[1:])
-        gumbel = -torch.empty_like(q1).exponential_().log()
-        pick = (torch.min(q1, q2) + gumbel).argmax(1)
-        return actions[torch.arange(len(state), device=state.device), pick]
+    def in_graph(agent):
+        """agent.act without what waits for the host: the choice by multinomial asks whether Q is finite."""
 
-    with torch.no_grad():
-        calls = {
-            "eager": lambda: agent.act(state, CANDIDATES),
-            "eager, graph": Captured(torch.no_grad()(eager), state).replay,
-        }
-        if compiled:
-            other = agent_at(state.device, True)
-            calls["compile"] = lambda: other.act(state, CANDIDATES)
+        @torch.no_grad()
+        def act(state):
+            noise = torch.randn(agent.policy.n_timesteps + 1, CANDIDATES * len(state), ACTION_DIM, device=state.device)
+            actions, q1, q2 = agent._propose(agent.policy, state, noise[0], noise[1:])
+            pick = (torch.min(q1, q2) - torch.empty_like(q1).exponential_().log()).argmax(1)
+            return actions[torch.arange(len(state), device=state.device), pick]
+
+        return Captured(act, state).replay
+
+    calls = {"eager": lambda: agent.act(state, CANDIDATES), "eager, graph": in_graph(agent)}
+    if compiled:
+        other = agent_at(state.device, True)
+        calls |= {"compile": lambda: other.act(state, CANDIDATES), "compile, graph": in_graph(other)}
     errors = {}
     for precision in PRECISIONS:
         actor = FusedActor(agent.policy, agent.critic_target, CANDIDATES, precision)

@@ -24,12 +24,12 @@ from triton.compiler import ASTSource
 
 from bench.machine import describe
 from bench.timing import RESULTS
-from kernels.actor import _actor, choose_actor_tile
+from kernels.actor import _actor
 from kernels.packing import HIDDEN_DIMS, PRECISIONS
-from kernels.sampler import _sampler, choose_tile
+from kernels.sampler import _sampler
+from kernels.tiles import ARCHITECTURES, choose_actor_tile, choose_tile
 from run_folder import save_json
 
-ARCHITECTURES = (80, 90, 100)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 COUNTED = ("HGMMA", "LDGSTS", "UTCHMMA", "HMMA", "FFMA", "MUFU", "LDL", "STL", "BPT")  # BPT: the trap of a failed compilation
 
@@ -77,7 +77,10 @@ def cases(arch: int, hidden_dims=HIDDEN_DIMS) -> dict:
     for size, n in BATCHES.items():
         for H in hidden_dims:
             for precision in PRECISIONS:
-                tiles = {"sampler": choose_tile(n, precision, arch), "actor": choose_actor_tile(n, 50, precision, arch)}
+                tiles = {
+                    "sampler": choose_tile(n, precision, arch, H),
+                    "actor": choose_actor_tile(n, 50, precision, arch, H),
+                }
                 for name, kernel in (("sampler", _sampler), ("actor", _actor)):
                     tile = tiles[name]
                     constants = {

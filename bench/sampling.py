@@ -3,7 +3,7 @@
     python -m bench.sampling              # on a GPU about four minutes, on a CPU two
     python -m bench.sampling --quick      # a few sizes, under two minutes
 
-On a GPU: dql.py's chain as it is, in a CUDA graph, under torch.compile (default, and max-autotune with its graphs), the fused
+On a GPU: dql.py's chain as it is, in a CUDA graph, under torch.compile (default, that in a graph, and max-autotune with its own), the fused
 kernel launched directly and in a graph, at every precision. On a CPU: the straightforward chain, dql.py's hoisted one, and that
 compiled. Each contestant draws its own noise. Before it is timed, it gets the noise handed in and may differ from the chain in
 float64 by at most twice as much as the eager chain at the same precision does.
@@ -85,7 +85,7 @@ def cpu_contestants(policy, state, compiled: bool) -> dict:
 def gpu_contestants(policy, state, compiled: bool, autotuned: bool, precisions) -> dict:
     from kernels import FusedSampler
     from kernels.graphs import Captured
-    from kernels.sampler import choose_tile
+    from kernels.tiles import choose_tile
 
     chain = lambda s, x, z: policy.sample(s, x_T=x, noises=z)  # noqa: E731
     found = {
@@ -97,6 +97,8 @@ def gpu_contestants(policy, state, compiled: bool, autotuned: bool, precisions) 
     for name, mode in modes.items():
         quick = torch.compile(chain, mode=mode, dynamic=False)
         found[name] = Contestant(draw_outside(quick, state, policy), quick)
+        if mode == "default":  # max-autotune makes its own
+            found[f"{name}, graph"] = Contestant(Captured(draw_outside(quick, state, policy)).replay, quick)
     for precision in precisions:
         sampler = FusedSampler(policy, precision)
         tile = choose_tile(len(state), precision, sampler.arch)
@@ -159,7 +161,7 @@ def run_case(T: int, n: int, device, seconds: float, found_peaks: dict, how: dic
 def tile_figures(batches, device, seconds: float) -> list[dict]:
     """Both tiles at the sizes around the one where choose_tile changes over: does it choose the faster?"""
     from kernels import FusedSampler
-    from kernels.sampler import SMALL, choose_tile
+    from kernels.tiles import choose_tile
 
     figures = []
     for n in batches:
@@ -167,10 +169,10 @@ def tile_figures(batches, device, seconds: float) -> list[dict]:
         state = make_noise(policy, n, device)[0]
         for precision in ("fp16", "fp16x3"):
             sampler = FusedSampler(policy, precision)
-            large = choose_tile(1 << 30, precision, sampler.arch)
-            calls = {name: lambda tile=tile: sampler(state, tile=tile) for name, tile in (("small", SMALL), ("large", large))}
+            tiles = {name: choose_tile(rows, precision, sampler.arch) for name, rows in (("small", 1), ("large", 1 << 30))}
+            calls = {name: lambda tile=tile: sampler(state, tile=tile) for name, tile in tiles.items()}
             measured = measure(calls, seconds, device)
-            chosen = "small" if choose_tile(n, precision, sampler.arch) == SMALL else "large"
+            chosen = "small" if choose_tile(n, precision, sampler.arch) == tiles["small"] else "large"
             best = min(measured, key=lambda name: measured[name]["p50"])
             lost = measured[chosen]["p50"] / measured[best]["p50"] - 1
             figure = {"batch": n, "precision": precision, "chosen": chosen, "faster": best, "lost": round(lost, 4)}
@@ -186,13 +188,13 @@ def cases(device, quick: bool) -> list[tuple[int, int, dict]]:
         return [(T, n, {"compiled": compiled and T == 5}) for T, batches in sizes.items() for n in batches]
     from kernels.packing import PRECISIONS
 
-    compiled = (1, 64, 1 << 20) if quick else (1, 64, 4096, 1 << 20)  # each size is compiled on its own, in 10 s to a minute
+    compiled = (64, 1 << 20) if quick else (1, 64, 4096, 1 << 20)  # each size is compiled on its own
     short = (1, 64, 1 << 20) if quick else (1, 8, 64, 256, 1024, 4096, 1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22)
     long = () if quick else (1, 64, 4096, 1 << 20)
     found = []
     for T, sizes in ((5, short), (50, long)):  # 50 unrolled steps would compile for minutes
         for n in sizes:
-            how = {"compiled": T == 5 and n in compiled, "autotuned": T == 5 and n in (64, 1 << 20) and not quick}
+            how = {"compiled": T == 5 and n in compiled, "autotuned": T == 5 and n == 1 << 20 and not quick}
             found.append((T, n, how | {"precisions": PRECISIONS}))
     return found
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from .network import load_states, network, reverse_chain
 from .ops import features, gumbels, rows
 from .packing import PackedCritic, PackedPolicy, architecture, interpreting, on, require, require_tensor
-from .sampler import Tile, choose_tile
+from .tiles import Tile, choose_actor_tile
 
 
 @triton.jit(do_not_specialize=["seed", "n_rows"])
@@ -74,12 +74,6 @@ def _actor(
             if tl.atomic_add(counter + 1, 1, sem="acq_rel") == tl.num_programs(0) - 1:
                 tl.store(counter + 1, 0)
                 tl.store(counter, draw + 1)
-
-
-def choose_actor_tile(n_states: int, n_candidates: int, precision: str, arch: int = 90) -> Tile:
-    """The tile for n_candidates of each of n_states on sm_{arch}. A program's rows belong to one state, so 64 are the most."""
-    tile = choose_tile(n_states * n_candidates, precision, arch)
-    return tile._replace(rows=64, warps=4) if tile.rows > 64 else tile
 
 
 class FusedActor:
@@ -144,7 +138,7 @@ class FusedActor:
         if len(self.done) < B:
             self._reserve(B)
         p.freshen(), q.freshen()
-        tile = tile or choose_actor_tile(B, n, p.precision, self.arch)
+        tile = tile or choose_actor_tile(B, n, p.precision, self.arch, max(p.hidden_dim, q.hidden_dim))
         parts = triton.cdiv(n, tile.rows)
         nothing = self.values
         with on(self.device):

@@ -4,8 +4,6 @@ What is fused: all T steps with the four-layer network ε_θ inside (network.py)
 carries its rows through every step, and what it reads again at each step are the weights, 0.3 MB in fp16, from L2.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -13,6 +11,7 @@ import triton.language as tl
 from .network import load_states, reverse_chain
 from .ops import features, rows
 from .packing import PackedPolicy, architecture, interpreting, on, require, require_tensor
+from .tiles import Tile, choose_tile
 
 
 @triton.jit(do_not_specialize=["seed", "n_rows"])
@@ -43,43 +42,6 @@ def _sampler(
         if tl.atomic_add(counter + 1, 1, sem="acq_rel") == tl.num_programs(0) - 1:
             tl.store(counter + 1, 0)
             tl.store(counter, draw + 1)
-
-
-class Tile(NamedTuple):
-    """How a batch is cut up. rows a program, hidden units a chunk, warps, software pipelining depth."""
-
-    turned: bool  # features on M, so that 16 rows still fill the matrix units
-    rows: int
-    chunk: int
-    warps: int
-    stages: int
-
-
-# Chosen by compiling (bench/offline.py), not yet by timing. Large tiles spill nothing, but for 7 words of fp16x3 on sm_90; the
-# small one spills nothing on sm_90 in fp16, tf32 and fp16x3, hundreds of words in fp32, and some elsewhere.
-SMALL = Tile(turned=True, rows=16, chunk=64, warps=4, stages=2)
-LARGE = {
-    "fp16": Tile(turned=False, rows=128, chunk=32, warps=8, stages=2),
-    "tf32": Tile(turned=False, rows=64, chunk=32, warps=8, stages=1),
-    "fp16x3": Tile(turned=False, rows=128, chunk=32, warps=8, stages=2),
-    "fp32": Tile(turned=False, rows=64, chunk=32, warps=8, stages=2),
-}
-# Elsewhere than on sm_90: two-stage fp16 spills 50 words on sm_100; fp16x3 spills on sm_80, and on sm_100 Triton 3.6 to 3.8
-# compile it to a trap unless the tile is too small for that chip's own matrix unit.
-LARGE_ON = {
-    (100, "fp16"): Tile(turned=False, rows=64, chunk=32, warps=8, stages=1),
-    (100, "fp16x3"): Tile(turned=False, rows=32, chunk=16, warps=4, stages=2),
-    (80, "fp16x3"): Tile(turned=False, rows=32, chunk=16, warps=4, stages=2),
-}
-SMALL_BATCH = 4096  # up to here tiles of 16 rows; beyond, 132 SMs have work with large tiles
-
-
-def choose_tile(n_rows: int, precision: str, arch: int = 90) -> Tile:
-    """The tile for a batch on sm_{arch}."""
-    if n_rows <= SMALL_BATCH:
-        return SMALL
-    family = max(known for known in (80, 90, 100) if known <= arch)
-    return LARGE_ON.get((family, precision), LARGE[precision])
 
 
 class FusedSampler:
@@ -121,7 +83,7 @@ class FusedSampler:
             out = torch.empty(n_rows, p.action_dim, device=p.device)
         require_tensor("out", out, (n_rows, p.action_dim), p.device)
         p.freshen()
-        tile = tile or choose_tile(n_rows, p.precision, self.arch)
+        tile = tile or choose_tile(n_rows, p.precision, self.arch, p.hidden_dim)
         counter = self.counter if seed is None else torch.zeros_like(self.counter)
         with on(p.device):
             _sampler[(triton.cdiv(n_rows, tile.rows),)](

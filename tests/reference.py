@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 
 from dql import DiffusionPolicy, TwinCritic
-from kernels.sampler import LARGE, SMALL
+from kernels.tiles import LARGE, SMALL
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter computes whole tiles, so it gets the large one with fewer rows: the same code.
-TILES = {"small": SMALL, "large": LARGE["tf32"] if DEVICE == "cuda" else LARGE["fp16"]._replace(rows=32)}
+TILES = {"small": SMALL["fp16"], "large": LARGE["tf32"] if DEVICE == "cuda" else LARGE["fp16"]._replace(rows=32)}
 
 
 def make_policy(state_dim=11, action_dim=3, *, gain=1.0, seed=0, **how):

@@ -17,9 +17,9 @@ from reference import DEVICE, TILES, critic_at, eager_at, error, exact, make_cri
 
 from dql import DiffusionQL  # noqa: E402
 from kernels import FusedActor, UnsupportedError  # noqa: E402
-from kernels.actor import choose_actor_tile  # noqa: E402
 from kernels.ops import gumbels  # noqa: E402
-from kernels.packing import PRECISIONS  # noqa: E402
+from kernels.packing import HIDDEN_DIMS, PRECISIONS  # noqa: E402
+from kernels.tiles import choose_actor_tile  # noqa: E402
 
 # states, candidates, state, action, hidden, T. Enough states that an error is not one number's luck.
 SIZES = [(6, 50, 29, 8, 128, 5), (12, 17, 11, 3, 256, 2), (6, 65, 17, 6, 128, 1), (24, 1, 60, 9, 128, 2), (12, 3, 45, 24, 512, 1)]
@@ -196,7 +196,8 @@ def test_a_value_that_is_not_a_number_gives_an_action_that_is_not_and_spares_oth
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_programs_rows_belong_to_one_state_so_there_are_at_most_64(n_states, n_candidates, precision):
     for arch in (80, 90, 100):
-        assert choose_actor_tile(n_states, n_candidates, precision, arch).rows <= 64
+        for hidden_dim in HIDDEN_DIMS:
+            assert choose_actor_tile(n_states, n_candidates, precision, arch, hidden_dim).rows <= 64
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import kernels  # noqa: E402
 from kernels import FusedSampler, UnsupportedError  # noqa: E402
 from kernels.ops import normals  # noqa: E402
 from kernels.packing import PRECISIONS, architecture  # noqa: E402
-from kernels.sampler import LARGE, SMALL, choose_tile  # noqa: E402
+from kernels.tiles import LARGE, SMALL, choose_tile  # noqa: E402
 
 # state, action, hidden, T, schedule, max_action
 SIZES = [
@@ -182,7 +182,7 @@ def test_refresh_packs_what_no_version_counter_tells():
 
 def test_batches_that_leave_processors_idle_get_small_tiles():
     for precision in PRECISIONS:
-        assert choose_tile(1, precision) == choose_tile(64, precision) == SMALL
+        assert choose_tile(1, precision) == choose_tile(64, precision) == SMALL[precision]
         assert choose_tile(1 << 20, precision, arch=90) == LARGE[precision]
         assert choose_tile(1 << 20, precision, arch=89) == choose_tile(1 << 20, precision, arch=80)
         assert choose_tile(1 << 20, precision, arch=120) == choose_tile(1 << 20, precision, arch=100)

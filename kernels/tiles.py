@@ -1,0 +1,58 @@
+"""How a batch is cut up for a kernel: rows a program, chunks, warps. Chosen by compiling (bench/offline.py), not yet by timing.
+
+A tile is good if nothing spills and the matrix units have work. The small one puts features on M, so that 16 rows still fill them,
+and leaves no SM idle at small batches; the large one reads each weight for more rows. bench.sampling times both around SMALL_BATCH.
+"""
+
+from typing import NamedTuple
+
+
+class Tile(NamedTuple):
+    """How a batch is cut up. rows a program, hidden units a chunk, warps, software pipelining depth."""
+
+    turned: bool  # features on M
+    rows: int
+    chunk: int
+    warps: int
+    stages: int
+
+
+def _small(chunk: int, warps: int) -> Tile:
+    return Tile(turned=True, rows=16, chunk=chunk, warps=warps, stages=2)
+
+
+def _large(rows: int, chunk: int = 32, warps: int = 8, stages: int = 2) -> Tile:
+    return Tile(turned=False, rows=rows, chunk=chunk, warps=warps, stages=stages)
+
+
+SMALL = {"fp16": _small(64, 4), "tf32": _small(32, 4), "fp16x3": _small(32, 8), "fp32": _small(16, 4)}
+LARGE = {"fp16": _large(128), "tf32": _large(64, stages=1), "fp16x3": _large(128), "fp32": _large(64)}
+# Elsewhere than on sm_90: two-stage fp16 spills 50 words on sm_100; fp16x3 spills on sm_80, and on sm_100 Triton 3.6 to 3.8
+# compile it to a trap unless the tile is too small for that chip's own matrix unit.
+LARGE_ON = {
+    (100, "fp16"): _large(64, stages=1),
+    (100, "fp16x3"): _large(32, chunk=16, warps=4),
+    (80, "fp16x3"): _large(32, chunk=16, warps=4),
+}
+# With 512 hidden units a row's activations take twice the registers. Only fp16 leaves room for large tiles.
+SMALL_512 = {"fp16": _small(32, 8), "tf32": _small(32, 8), "fp16x3": _small(16, 8), "fp32": _small(16, 8)}
+LARGE_512 = {"fp16": _large(64)}
+SMALL_BATCH = 4096  # rows up to which tiles are small; beyond, 132 SMs have work with large ones
+ARCHITECTURES = (80, 90, 100)
+
+
+def choose_tile(n_rows: int, precision: str, arch: int = 90, hidden_dim: int = 256) -> Tile:
+    """The sampler's tile for a batch on sm_{arch}."""
+    small = SMALL_512[precision] if hidden_dim > 256 else SMALL[precision]
+    if n_rows <= SMALL_BATCH:
+        return small
+    if hidden_dim > 256:
+        return LARGE_512.get(precision, small)
+    family = max(known for known in ARCHITECTURES if known <= arch)
+    return LARGE_ON.get((family, precision), LARGE[precision])
+
+
+def choose_actor_tile(n_states: int, n_candidates: int, precision: str, arch: int = 90, hidden_dim: int = 256) -> Tile:
+    """The actor's tile for n_candidates of each of n_states. A program's rows belong to one state, so it has 64 at most."""
+    tile = choose_tile(n_states * n_candidates, precision, arch, hidden_dim)
+    return tile._replace(rows=64, warps=4) if tile.rows > 64 else tile
