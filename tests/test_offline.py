@@ -20,8 +20,30 @@ CASES = [
     *(f"sampler {size} 256 fp16" for size in ("small", "large")),
     *(f"actor {size} {hidden} fp16" for size in ("small", "large") for hidden in (128, 512)),
 ]
-# Words spilled, loads and stores together, where it is not zero.
-SPILLED = {}
+# Words spilled at most, loads and stores together, 0 where nothing stands here: what Triton 3.6.0 or 3.8.0 did, whichever spilled more.
+SPILLED = {
+    (80, "actor small 256 fp16"): 20,
+    (80, "actor small 256 tf32"): 18,
+    (80, "actor small 256 fp16x3"): 36,
+    (80, "actor small 256 fp32"): 18,
+    (80, "actor large 256 fp16"): 46,
+    (80, "actor large 256 fp16x3"): 24,
+    (80, "actor large 256 fp32"): 34,
+    (80, "actor large 512 fp16"): 92,
+    (90, "actor small 256 fp16x3"): 15,
+    (90, "sampler large 256 fp16"): 4,
+    (90, "actor large 256 fp16"): 22,
+    (90, "actor large 256 tf32"): 286,
+    (90, "actor large 256 fp16x3"): 52,
+    (90, "actor large 512 fp16"): 48,
+    (100, "actor small 128 fp16"): 13,
+    (100, "sampler small 256 fp16"): 48,
+    (100, "actor small 256 fp16"): 107,
+    (100, "actor small 256 fp16x3"): 48,
+    (100, "actor large 128 fp16"): 8,
+    (100, "actor large 256 tf32"): 259,
+    (100, "actor large 512 fp16"): 452,
+}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +60,9 @@ def compiled():
 @pytest.mark.parametrize("arch", SHARED)
 def test_a_kernel_fits_the_chip_spills_no_more_than_known_and_uses_its_matrix_units(compiled, arch, case):
     found = compiled[arch, case]
-    assert found["BPT"] == 0 and found["instructions"] > 1000, "compiled to a trap"
+    assert found["instructions"] > 1000, "compiled to a trap"
+    if found["UTCHMMA"] == 0:  # what allocates the tensor memory of sm_100 brings a check that traps
+        assert found["BPT"] == 0
     assert found["shared"] <= SHARED[arch]
     assert found["LDL"] + found["STL"] <= SPILLED.get((arch, case), 0)
     if case.endswith("fp32"):

@@ -505,6 +505,15 @@ def test_quick_changes_what_it_says_and_nothing_else(env):
         assert words in said
 
 
+@pytest.mark.parametrize("precision", ["medium", "highest"])
+def test_float32_products_are_computed_as_asked(precision):
+    try:
+        dql.choose_device(dql.Config(matmul_precision=precision, device="cpu"))
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_help_shows_every_field_with_its_comment(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit) as end:
