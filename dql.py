@@ -485,14 +485,27 @@ class DiffusionQL:
     def fuse(self, n_candidates=50):
         """From now on act(state, n_candidates) is one kernel launch, in fp16 with float32 sums; other numbers are not affected.
 
-        Raises ImportError without triton, and ValueError for a size or a device that the kernels do not support.
+        The kernel is tried on one state first. Raises ImportError without triton, and ValueError for a size or a device that the
+        kernels do not support, or where their actions are not those of plain torch.
         """
         import kernels
 
+        noise = self._randn(
+            self.policy.n_timesteps + 1, n_candidates, self.policy.action_dim, generator=torch.Generator(self.device).manual_seed(0)
+        )
+        inputs = torch.zeros(1, self.policy.state_dim, device=self.device), noise[0], noise[1:]
         if self.algo == "bc":
-            self._fused = kernels.FusedSampler(self.policy)
+            fused = kernels.FusedSampler(self.policy)
+            tried = fused(*inputs)
         else:
-            self._fused = kernels.FusedActor(self.policy, self.critic_target, n_candidates)
+            fused = kernels.FusedActor(self.policy, self.critic_target, n_candidates)
+            fused(*inputs, torch.zeros(1, n_candidates, device=self.device))
+            tried = fused.candidates
+        with torch.no_grad():
+            apart = (tried - self.policy.sample(inputs[0], x_T=noise[0], noises=noise[1:])).abs().max()
+        if not apart < 0.05 * self.policy.max_action:  # fp16's rounding is a thousandth
+            raise ValueError(f"on this device the kernel's actions are up to {float(apart):.2g} away from plain torch's")
+        self._fused = fused
 
     def draw_noise(self, batch_size: int) -> UpdateNoise:
         """The randomness of one update, the normals in a single call."""
@@ -770,8 +783,8 @@ def choose_backend(config: Config, agent: DiffusionQL) -> None:
         reason = kernels.why_not()
         if not reason:
             agent.fuse(config.n_candidates)
-    except (ImportError, ValueError) as e:
-        reason = str(e)
+    except Exception as e:  # whatever stands in the way, a compiler's failure included, plain torch can act
+        reason = str(e).partition("\n")[0] or type(e).__name__
     if reason and config.backend == "fused":
         raise UserError(f"--backend fused cannot be had: {reason}")
     if reason:

@@ -714,6 +714,21 @@ def test_a_fused_agent_takes_the_actions_that_it_would_take_otherwise(kernels, a
     assert (actions[0] - actions[1]).abs().max() > 0, "the kernels did not act"
 
 
+@pytest.mark.parametrize("algo", ["ql", "bc"])
+def test_an_agent_refuses_kernels_that_act_differently(kernels, monkeypatch, algo):
+    agent = DiffusionQL(5, 2, hidden_dim=128, n_timesteps=2, algo=algo)
+    refresh = kernels.packing.PackedPolicy.refresh
+
+    def broken(packed):
+        refresh(packed)
+        packed.bias_out += 0.5
+
+    monkeypatch.setattr(kernels.packing.PackedPolicy, "refresh", broken)
+    with pytest.raises(ValueError, match="away from plain torch's"):
+        agent.fuse(n_candidates=6)
+    assert agent.act(torch.zeros(5), 6, generator=torch.Generator().manual_seed(1)).isfinite().all()
+
+
 def test_backends_fall_back_with_a_line_where_they_may_and_refuse_where_they_may_not(kernels, monkeypatch, capsys):
     class OnGPU:
         device = torch.device("cuda")
