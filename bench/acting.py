@@ -9,18 +9,16 @@ dql.py, and dql.py compiled. Before timing, candidates and values are checked ag
 Written to bench/results/acting_DEVICE.json, a line per figure appended to bench/results/acting.csv.
 """
 
-import argparse
 import copy
 import gc
 import sys
 import time
-from pathlib import Path
 
 import torch
 
 from bench.sampling import ACTION_DIM, STATE_DIM, arithmetic, flops_per_action, make_noise
 from bench.straightforward import StraightforwardDQL
-from bench.timing import RESULTS, ceiling, has_compiler, measure, peaks, save_figures
+from bench.timing import ceiling, has_compiler, measure, parse_options, peaks, save_figures
 from dql import DiffusionQL
 
 CANDIDATES = 50
@@ -117,14 +115,8 @@ def gpu_calls(agent, state, compiled: bool) -> tuple[dict, dict]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one state and 100 states, under a minute")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads, where it runs on a CPU")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    options = parser.parse_args(argv)
-    torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
+    options = parse_options(__doc__, "one state and 100 states, under a minute", argv)
+    device = options.device
     on_gpu = device.type == "cuda"
     seconds = (0.5 if options.quick else 1.0) if on_gpu else (2.0 if options.quick else 10.0)
     sizes = (1, 100) if options.quick or not on_gpu else (1, 8, 64, 100, 1024, 4096)

@@ -13,20 +13,18 @@ its share of the ceiling, which a large matrix product of that precision sets in
 Written to bench/results/sampling_DEVICE.json, a line per figure appended to bench/results/sampling.csv.
 """
 
-import argparse
 import copy
 import gc
 import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from bench.straightforward import Diffusion
-from bench.timing import RESULTS, ceiling, has_compiler, measure, peaks, save_figures
+from bench.timing import ceiling, has_compiler, measure, parse_options, peaks, save_figures
 from dql import DiffusionPolicy
 
 STATE_DIM, ACTION_DIM = 29, 8
@@ -200,14 +198,8 @@ def cases(device, quick: bool) -> list[tuple[int, int, dict]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a few sizes, under two minutes")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads, where it runs on a CPU")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    options = parser.parse_args(argv)
-    torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
+    options = parse_options(__doc__, "a few sizes, under two minutes", argv)
+    device = options.device
     seconds = (0.2 if options.quick else 0.4) if device.type == "cuda" else (2.0 if options.quick else 5.0)
     found_peaks, figures, start = peaks(device), [], time.perf_counter()
     print("ceilings:", found_peaks, flush=True)

@@ -1,5 +1,6 @@
 """What the benchmarks do alike: contestants take turns, ceilings are measured beside them, figures go to one JSON and one CSV."""
 
+import argparse
 import csv
 import os
 import re
@@ -18,6 +19,18 @@ RESULTS = Path(__file__).parent / "results"
 QUANTILES = ("p20", "p50", "p80")
 ORIGIN = ("date", "commit", "device", "torch")
 MIN_SAMPLE_MS = 1.0  # on a GPU: a sample is as many calls as it takes, since events are half a microsecond coarse
+
+
+def parse_options(doc: str, quick: str, argv: list[str] | None) -> argparse.Namespace:
+    """What bench.sampling and bench.acting are asked for: quick, device, threads (set), out."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads, where it runs on a CPU")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    return options
 
 
 def has_compiler() -> bool:
