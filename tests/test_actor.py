@@ -22,7 +22,7 @@ from kernels.packing import HIDDEN_DIMS, PRECISIONS  # noqa: E402
 from kernels.tiles import choose_actor_tile  # noqa: E402
 
 # states, candidates, state, action, hidden, T. Enough states that an error is not one number's luck.
-SIZES = [(6, 50, 29, 8, 128, 5), (12, 17, 11, 3, 256, 2), (6, 65, 17, 6, 128, 1), (24, 1, 60, 9, 128, 2), (12, 3, 45, 24, 512, 1)]
+SIZES = [(4, 50, 29, 8, 128, 2), (6, 17, 11, 3, 256, 2), (3, 65, 17, 6, 128, 1), (24, 1, 60, 9, 128, 2), (6, 3, 45, 24, 512, 1)]
 
 
 def make_gumbel(n_states, n_candidates, seed=2):
@@ -35,8 +35,7 @@ def make_inputs(policy, n_states, n_candidates):
     return make_noise(policy, n_states, seed=5)[0], x_T, noises, make_gumbel(n_states, n_candidates)
 
 
-@pytest.mark.parametrize("tile", TILES)
-@pytest.mark.parametrize("gain", [1.0, 3.0])
+@pytest.mark.parametrize("gain, tile", [(1.0, "small"), (3.0, "small"), (1.0, "large")])
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("n_states, n_candidates, state_dim, action_dim, hidden_dim, T", SIZES)
 def test_candidates_and_values_err_at_most_twice_as_much_as_eager_ones_and_the_choice_follows_from_them(
@@ -103,16 +102,18 @@ def test_drawn_gumbel_noise_has_its_distribution_and_is_independent_of_other_cal
 
 
 def test_a_choice_is_the_argmax_of_value_and_drawn_gumbel_noise():
-    policy, critic = make_policy(n_timesteps=2), make_critic(gain=3.0)
-    actor = FusedActor(policy, critic, 20, seed=3)
-    state, noise_free = make_noise(policy, 6)[0], 0
+    policy, critic = make_policy(n_timesteps=1), make_critic(gain=3.0)
+    n_states, n, unmoved = 4, 16, 0
+    actor = FusedActor(policy, critic, n, seed=3)
+    state = make_noise(policy, n_states)[0]
     for call in range(2):
         action = actor(state)
-        values = actor.values.view(6, 20)
-        best = (values + drawn_gumbels(120, seed=3, call=call, step=policy.n_timesteps + 1).view(6, 20)).argmax(1)
-        assert torch.equal(action, actor.candidates.view(6, 20, -1)[torch.arange(6), best])
-        noise_free += int((best == values.argmax(1)).sum())
-    assert noise_free < 12, "the noise never mattered"
+        values = actor.values.view(n_states, n)
+        gumbel = drawn_gumbels(n_states * n, seed=3, call=call, step=policy.n_timesteps + 1).view(n_states, n)
+        best = (values + gumbel).argmax(1)
+        assert torch.equal(action, actor.candidates.view(n_states, n, -1)[torch.arange(n_states), best])
+        unmoved += int((best == values.argmax(1)).sum())
+    assert unmoved < 2 * n_states, "the noise never mattered"
 
 
 def test_values_with_drawn_gumbel_noise_are_picked_as_often_as_softmax_says():
@@ -124,15 +125,15 @@ def test_values_with_drawn_gumbel_noise_are_picked_as_often_as_softmax_says():
 
 def test_draws_do_not_depend_on_the_tile_nor_on_how_many_states_there_are():
     policy, critic = make_policy(29, 8, n_timesteps=2), make_critic(29, 8)
-    state = make_noise(policy, 5)[0]
-    actor = FusedActor(policy, critic, 50, "fp32")
+    state = make_noise(policy, 3)[0]
+    actor = FusedActor(policy, critic, 20, "fp32")
     small = actor(state, seed=3, tile=TILES["small"])
     torch.testing.assert_close(small, actor(state, seed=3, tile=TILES["large"]), rtol=0, atol=2e-5)
     assert torch.equal(small[:2], actor(state[:2], seed=3, tile=TILES["small"]))
 
 
 def test_calls_differ_and_a_seed_repeats():
-    policy, critic = make_policy(), make_critic()
+    policy, critic = make_policy(n_timesteps=2), make_critic()
     state = make_noise(policy, 3)[0]
     actor = FusedActor(policy, critic, 10)
     first, second = actor(state), actor(state)
