@@ -1,6 +1,6 @@
 """Acting: the best of 50 candidates by softmax of Q, for one state and for many; eager, compiled, in a graph, and fused.
 
-    python -m bench.acting              # about two minutes
+    python -m bench.acting              # on a CPU a minute and a half; not run on a GPU yet
     python -m bench.acting --quick      # one state and 100 states, under a minute
 
 On a GPU: dql.py's act, plain and compiled, their tensor part in a CUDA graph, the fused actor launched directly and in a graph,
@@ -16,7 +16,7 @@ import time
 
 import torch
 
-from bench.sampling import ACTION_DIM, STATE_DIM, arithmetic, flops_per_action, make_noise
+from bench.sampling import ACTION_DIM, STATE_DIM, arithmetic, flops_per_action, luck, make_noise
 from bench.straightforward import StraightforwardDQL
 from bench.timing import ceiling, has_compiler, measure, parse_options, peaks, save_figures
 from dql import DiffusionQL
@@ -52,7 +52,8 @@ def check_fused(agent, actor, state) -> float:
     found = error(own, exact), error(values, exact_q)
     best = (values.view(len(state), -1) + gumbel).argmax(1)
     chosen = own.view(len(state), CANDIDATES, -1)[torch.arange(len(state), device=state.device), best]
-    if found[0] > max(2 * eager, 1e-6) or found[1] > max(2 * eager_q, 1e-6) or not torch.equal(action, chosen):
+    allowed = max(2 * eager, luck(rows)), max(2 * eager_q, luck(rows))
+    if not (found[0] <= allowed[0] and found[1] <= allowed[1] and torch.equal(action, chosen)):
         raise SystemExit(f"fused {actor.policy.precision}, {len(state)} states: errors {found}, eager ones {eager, eager_q}")
     return found[1]
 

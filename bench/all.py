@@ -1,7 +1,7 @@
 """Everything that a new device should be asked, in one command: correctness first, then all timings, then the picture.
 
-    python -m bench.all              # on a GPU under eight minutes
-    python -m bench.all --quick      # under three
+    python -m bench.all              # laid out for under eight minutes on a GPU, where it has not been run yet
+    python -m bench.all --quick      # fewer sizes
 
 On a GPU the kernels' tests run first, on the hardware, those marked gpu included; where one fails nothing is timed. Figures go
 to bench/results (--out), as each benchmark says.

@@ -1,12 +1,13 @@
 """Sampling actions from a diffusion policy: eager, compiled, in CUDA graphs, and fused into one kernel.
 
-    python -m bench.sampling              # on a GPU about four minutes, on a CPU two
+    python -m bench.sampling              # on a CPU about a minute; not run on a GPU yet
     python -m bench.sampling --quick      # a few sizes, under two minutes
 
 On a GPU: dql.py's chain as it is, in a CUDA graph, under torch.compile (default, that in a graph, and max-autotune with its own), the fused
 kernel launched directly and in a graph, at every precision. On a CPU: the straightforward chain, dql.py's hoisted one, and that
 compiled. Each contestant draws its own noise. Before it is timed, it gets the noise handed in and may differ from the chain in
-float64 by at most twice as much as the eager chain at the same precision does.
+float64 by at most twice as much as the eager chain at the same precision does; of less than 64 rows the rounding is a few
+numbers' luck, and a millionth passes too.
 
 Figures: milliseconds a call (20th, 50th and 80th percentile), actions/s, the ratio to the first contestant, and TFLOP/s with
 its share of the ceiling, which a large matrix product of that precision sets in the same run.
@@ -117,6 +118,11 @@ def arithmetic(precision: str, device: str):
     torch.set_float32_matmul_precision(before)
 
 
+def luck(n_rows: int) -> float:
+    """The relative error that always passes: of a few numbers, rounding errors may happen to cancel on one side alone."""
+    return 1e-6 if n_rows < 64 else 0.0
+
+
 def check(policy, contestants: dict, inputs) -> dict:
     """name -> relative error ‖a - a₆₄‖/‖a₆₄‖ of its first rows. Raises SystemExit where it is over twice the eager chain's."""
     state, x_T, noises = inputs[0][:CHECKED_ROWS], inputs[1][:CHECKED_ROWS], inputs[2][:, :CHECKED_ROWS]
@@ -130,7 +136,7 @@ def check(policy, contestants: dict, inputs) -> dict:
         with arithmetic(contestant.precision, state.device.type):
             allowed = 2 * error(policy.sample(state, x_T=x_T, noises=noises))
         errors[name] = error(contestant.given(*inputs))
-        if not errors[name] <= max(allowed, 1e-6):
+        if not errors[name] <= max(allowed, luck(len(exact))):
             found = f"error {errors[name]:.2e}, twice the eager chain's is {allowed:.2e}"
             raise SystemExit(f"{name} at {len(inputs[0])} rows: {found}")
         first, second = contestant.draw().clone(), contestant.draw()

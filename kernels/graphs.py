@@ -64,7 +64,7 @@ class NumpyActor:
     """numpy observations -> numpy actions by one graph replay: copy in, act, copy out. For control loops.
 
     actor: a FusedActor, or any function of states (n_states, S) on the device that can be captured. Raises UnsupportedError
-    without a GPU; ValueError for observations of another shape.
+    without a GPU, and for observations of another shape.
     """
 
     def __init__(self, actor, state_dim: int, n_states: int = 1, device="cuda"):
@@ -81,7 +81,10 @@ class NumpyActor:
         self.state, self.action = host_state.numpy(), action.numpy()
 
     def __call__(self, state: np.ndarray) -> np.ndarray:
-        """(S,) or (n_states, S) -> (A,) or (n_states, A), a copy."""
+        """(n_states, S) -> (n_states, A), a copy; (S,) -> (A,) where n_states is 1."""
+        shape, whole = np.shape(state), self.state.shape
+        fits = shape == whole or (whole[0] == 1 and shape == whole[1:])
+        require(fits, f"the observation is {shape}; this graph was captured for {whole}")  # numpy would repeat a smaller one
         self.state[:] = state
         self.captured.replay()
         torch.cuda.current_stream().synchronize()

@@ -71,7 +71,7 @@ def _padded(n: int) -> int:
 
 
 class _Packed:
-    """Networks [s|a] -> H -> H -> H -> out with mish, stacked, as ops.network reads them.
+    """Networks [s|a] -> H -> H -> H -> out with mish, stacked, as network.network reads them.
 
     Padded: states to 16, 32, 64 or 128 columns, actions and outputs to 16 or 32. log2(e) is folded into the first weights and
     the hidden biases, its inverse into the last weights. fp16x3: each weight times 2⁸ as the sum of two halves, or the smaller

@@ -747,3 +747,19 @@ def test_backends_fall_back_with_a_line_where_they_may_and_refuse_where_they_may
     dql.choose_backend(dql.Config(backend="auto"), small_agent())  # on a CPU plain torch is what one expects
     dql.choose_backend(dql.Config(backend="eager"), OnGPU())
     assert capsys.readouterr().out == ""
+
+
+def test_a_diverged_policy_is_named_where_the_kernels_find_it(kernels):
+    agent = DiffusionQL(5, 2, hidden_dim=128, n_timesteps=2)
+    agent.fuse(n_candidates=3)
+    with torch.no_grad():
+        agent.policy.final_layer.bias[0] = math.nan
+
+    class Task:
+        episode_limit = 1
+
+        def evaluate(self, act, *_, **__):
+            act(np.zeros((1, 5), np.float32))
+
+    with pytest.raises(dql.UserError, match="not finite at update 7"):
+        dql.evaluate(agent, Task(), dql.Config(n_candidates=3), 1, 7)

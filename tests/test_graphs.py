@@ -54,6 +54,22 @@ def test_a_capture_finds_the_networks_that_its_function_packed_and_packs_them_ag
         graph(state[:1])
 
 
+@pytest.mark.parametrize(
+    "n_states, shape, fits",
+    [(1, (4,), True), (1, (1, 4), True), (3, (3, 4), True), (3, (4,), False), (3, (1, 4), False), (1, (1,), False), (1, (), False)],
+)
+def test_an_observation_of_another_shape_is_refused_not_repeated(monkeypatch, n_states, shape, fits):
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=lambda: None))
+    act = object.__new__(graphs.NumpyActor)  # without the capture
+    act.state, act.action, act.captured = np.zeros((n_states, 4)), np.zeros((n_states, 2)), FakeGraph()
+    if fits:
+        assert act(np.ones(shape)).shape == (*shape[:-1], 2) and (act.state == 1).all()
+    else:
+        with pytest.raises(UnsupportedError, match="captured for"):
+            act(np.ones(shape))
+        assert act.captured.replays == 0 and (act.state == 0).all()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("n", [1, 50, 5000])
 @pytest.mark.parametrize("fused", [False, True])
@@ -148,5 +164,5 @@ def test_a_numpy_actor_acts_as_the_actor_does():
     assert np.array_equal(first, expected[0].cpu().numpy()) and np.array_equal(second, expected[1].cpu().numpy())
     alone = graphs.NumpyActor(FusedActor(policy, critic), state_dim=29)
     assert alone(state[0].cpu().numpy()).shape == (8,)
-    with pytest.raises(ValueError, match="broadcast"):
+    with pytest.raises(UnsupportedError, match="captured for"):
         alone(np.zeros(28, np.float32))
