@@ -63,7 +63,7 @@ def compile_for(arch: int, kernel, signature: dict, constants: dict, **options) 
 
 # Types of the arguments that are neither weights nor constants.
 TYPES = {"seed": "i32", "n_rows": "i32", "per_state": "i32", "zero": "i32", "max_action": "fp32", "counter": "*i32", "done": "*i32"}
-WEIGHTS = re.compile(r"[wq]_(state|action|[234])(_low)?")
+WEIGHTS = re.compile(r"(q_)?weights(_low)?")
 BATCHES = {"small": 1, "large": 1 << 20}  # rows, or states, that get the one tile and the other
 
 

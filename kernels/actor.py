@@ -20,8 +20,7 @@ from .tiles import Tile, choose_actor_tile
 @triton.jit(do_not_specialize=["seed", "n_rows"])
 def _actor(
     state, x_T, noises, gumbel, seed, counter, done, candidates, values, out, n_rows, zero, coefficients, bias, bias_out,
-    max_action, w_state, w_state_low, w_action, w_action_low, w_2, w_2_low, w_3, w_3_low, w_4, w_4_low,
-    q_bias, q_bias_out, q_state, q_state_low, q_action, q_action_low, q_2, q_2_low, q_3, q_3_low, q_4, q_4_low,
+    max_action, weights, weights_low, q_bias, q_bias_out, q_weights, q_weights_low,
     N: tl.constexpr, N_PADDED: tl.constexpr, PARTS: tl.constexpr, GREEDY: tl.constexpr, Q_H: tl.constexpr,
     STATE_DIM: tl.constexpr, ACTION_DIM: tl.constexpr, T: tl.constexpr, GIVEN: tl.constexpr,
     ROWS: tl.constexpr, S: tl.constexpr, A: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, SCALE: tl.constexpr,
@@ -37,14 +36,13 @@ def _actor(
         draw = tl.load(counter)
     x = reverse_chain(
         st, x_T, noises, seed, draw, row, valid, n_rows, zero, coefficients, bias, bias_out, max_action,
-        (w_state, w_state_low, w_action, w_action_low, w_2, w_2_low, w_3, w_3_low, w_4, w_4_low),
-        ACTION_DIM, T, GIVEN, ROWS, S, A, H, CHUNK, SCALE, PRECISION, TURNED, STAGES, PTX,
+        weights, weights_low, ACTION_DIM, T, GIVEN, ROWS, S, A, H, CHUNK, SCALE, PRECISION, TURNED, STAGES, PTX,
     )  # fmt: skip
+    Q_BLOCK: tl.constexpr = Q_H * (S + A + 2 * Q_H + 16)
     q = tl.full([ROWS], float("inf"), tl.float32)
     for k in tl.range(0, 2):
         y = network(
-            st, x, q_bias + k * 3 * Q_H, q_bias_out + k * 16,
-            (q_state, q_state_low, q_action, q_action_low, q_2, q_2_low, q_3, q_3_low, q_4, q_4_low), k, k * zero,
+            st, x, q_bias + k * 3 * Q_H, q_bias_out + k * 16, q_weights + k * Q_BLOCK, q_weights_low + k * Q_BLOCK, k * zero,
             ROWS, S, A, Q_H, 16, CHUNK, SCALE, PRECISION, TURNED, STAGES, PTX,
         )  # fmt: skip
         # The other 15 outputs are padding: 0.
@@ -92,7 +90,7 @@ class FusedActor:
         require(dims == expected, f"the critic takes states and actions of {dims} numbers, the policy {expected}")
         devices = [next(m.parameters()).device for m in (policy, critic)]
         require(devices[0] == devices[1], f"the policy is on {devices[0]}, the critic on {devices[1]}")
-        self.policy, self.critic = PackedPolicy(policy, precision), PackedCritic(critic, precision)
+        self.policy, self.critic = PackedPolicy([policy], precision), PackedCritic([critic], precision)
         self.device, self.arch = self.policy.device, architecture(self.policy.device)
         self.n_candidates, self.greedy, self.seed = n_candidates, greedy, seed
         self.counter = torch.zeros(2, dtype=torch.int32, device=self.device)  # as FusedSampler's, of states
@@ -146,7 +144,7 @@ class FusedActor:
                 state, x_T if given else nothing, noises if given else nothing, gumbel if wanted else nothing,
                 self.seed if seed is None else seed, self.counter if seed is None else torch.zeros_like(self.counter),
                 self.done, self.candidates, self.values, out, n * B, 0, p.coefficients, p.bias, p.bias_out,
-                p.max_action, *p.weights, q.bias, q.bias_out, *q.weights,
+                p.max_action, p.weights, p.low, q.bias, q.bias_out, q.weights, q.low,
                 N=n, N_PADDED=triton.next_power_of_2(n), PARTS=parts, GREEDY=self.greedy, Q_H=q.hidden_dim,
                 STATE_DIM=p.state_dim, ACTION_DIM=p.action_dim, T=p.n_timesteps, GIVEN=given,
                 ROWS=tile.rows, S=p.S, A=p.A, H=p.hidden_dim, CHUNK=tile.chunk, SCALE=p.scale, PRECISION=p.precision,

@@ -16,21 +16,16 @@ from .ops import clamp, features, linear, mish, normals, rows
 
 @triton.jit
 def network(
-    state, x, bias, bias_out, weights, which, zero,
+    state, x, bias, bias_out, weights, weights_low, zero,
     ROWS: tl.constexpr, S: tl.constexpr, A: tl.constexpr, H: tl.constexpr, OUT: tl.constexpr, CHUNK: tl.constexpr,
     SCALE: tl.constexpr, PRECISION: tl.constexpr, TURNED: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Network number `which` of a stack, for one tile: (ROWS, OUT), or turned. bias points at (3, H), bias_out at (OUT,).
+    """One network's outputs for a tile: (ROWS, OUT), or turned. bias points at (3, H), bias_out at (OUT,).
 
-    weights: the ten pointers that packing makes. zero is 0, which the compiler must not know.
+    weights, weights_low: this network's block of what packing makes. zero is 0, which the compiler must not know.
     """
-    w_state, w_state_low, w_action, w_action_low, w_2, w_2_low, w_3, w_3_low, w_4, w_4_low = weights
-    hidden_units = which * H + zero
-    w_state, w_state_low = w_state + hidden_units * S, w_state_low + hidden_units * S
-    w_action, w_action_low = w_action + hidden_units * A, w_action_low + hidden_units * A
-    w_2, w_2_low = w_2 + hidden_units * H, w_2_low + hidden_units * H
-    w_3, w_3_low = w_3 + hidden_units * H, w_3_low + hidden_units * H
-    w_4, w_4_low = w_4 + hidden_units * OUT, w_4_low + hidden_units * OUT
+    w_action, w_2, w_3, w_4 = H * S, H * (S + A), H * (S + A + H), H * (S + A + 2 * H)  # packing.py's order
+    weights, weights_low = weights + zero, weights_low + zero
     s, a, h, j, out = tl.arange(0, S), tl.arange(0, A), tl.arange(0, H), tl.arange(0, CHUNK), tl.arange(0, OUT)
     none = rows(tl.zeros([ROWS], tl.float32), TURNED)
     # Biases initialise the accumulators.
@@ -38,9 +33,9 @@ def network(
     for start in tl.range(0, H, CHUNK, num_stages=STAGES):
         c = start + j
         u = none + features(tl.load(bias + c), TURNED)
-        u = linear(state, w_state, w_state_low, c, s, S, u, PRECISION, TURNED)
-        u = linear(x, w_action, w_action_low, c, a, A, u, PRECISION, TURNED)
-        z = linear(mish(u * SCALE, PTX), w_2, w_2_low, h, c, H, z, PRECISION, TURNED)
+        u = linear(state, weights, weights_low, c, s, S, 1, u, PRECISION, TURNED)
+        u = linear(x, weights + w_action, weights_low + w_action, c, a, A, 1, u, PRECISION, TURNED)
+        z = linear(mish(u * SCALE, PTX), weights + w_2, weights_low + w_2, h, c, H, 1, z, PRECISION, TURNED)
     hidden = mish(z * SCALE, PTX)
     if PRECISION == "fp16":
         hidden = hidden.to(tl.float16)  # once, not once per chunk
@@ -48,8 +43,8 @@ def network(
     for start in tl.range(0, H, CHUNK, num_stages=STAGES):
         c = start + j
         u = none + features(tl.load(bias + 2 * H + c), TURNED)
-        u = linear(hidden, w_3, w_3_low, c, h, H, u, PRECISION, TURNED)
-        y = linear(mish(u * SCALE, PTX), w_4, w_4_low, out, c, H, y, PRECISION, TURNED)
+        u = linear(hidden, weights + w_3, weights_low + w_3, c, h, H, 1, u, PRECISION, TURNED)
+        y = linear(mish(u * SCALE, PTX), weights + w_4, weights_low + w_4, out, c, H, 1, y, PRECISION, TURNED)
     return y * SCALE
 
 
@@ -68,7 +63,8 @@ def load_states(
 
 @triton.jit
 def reverse_chain(
-    state, x_T, noises, seed, draw, row, valid, n_rows, zero, coefficients, bias, bias_out, max_action, weights,
+    state, x_T, noises, seed, draw, row, valid, n_rows, zero, coefficients, bias, bias_out, max_action,
+    weights, weights_low,
     ACTION_DIM: tl.constexpr, T: tl.constexpr, GIVEN: tl.constexpr,
     ROWS: tl.constexpr, S: tl.constexpr, A: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, SCALE: tl.constexpr,
     PRECISION: tl.constexpr, TURNED: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
@@ -94,7 +90,7 @@ def reverse_chain(
         t = T - 1 - k
         # t·zero keeps LLVM from hoisting every weight's address, 150 registers of them, out of this loop.
         epsilon = network(
-            state, x, bias + t * 3 * H, bias_out + t * A, weights, 0, t * zero,
+            state, x, bias + t * 3 * H, bias_out + t * A, weights, weights_low, t * zero,
             ROWS, S, A, H, A, CHUNK, SCALE, PRECISION, TURNED, STAGES, PTX,
         )  # fmt: skip
         c = coefficients + t * 5

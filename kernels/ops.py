@@ -121,12 +121,15 @@ def _dot(x, w, total, INPUTS: tl.constexpr, TURNED: tl.constexpr):
 
 
 @triton.jit
-def linear(x, weight, low, out_index, in_index, stride, total, PRECISION: tl.constexpr, TURNED: tl.constexpr):
-    """total + x·Wᵀ, W being the rows out_index and columns in_index of a matrix with stride elements a row.
+def linear(
+    x, weight, low, out_index, in_index, out_stride, in_stride, total, PRECISION: tl.constexpr, TURNED: tl.constexpr
+):
+    """total + x·Wᵀ, where W's element (o, i) lies at o·out_stride + i·in_stride, for o of out_index and i of in_index.
 
-    fp16x3 splits x into two halves and meets weights that were split beforehand: three products, fp32's accuracy.
+    With the strides exchanged it is a product with W, a step of a backward pass. fp16x3 splits x into two halves and meets
+    weights that were split beforehand: three products, fp32's accuracy.
     """
-    where = features(out_index, TURNED) * stride + rows(in_index, TURNED)
+    where = features(out_index, TURNED) * out_stride + rows(in_index, TURNED) * in_stride
     w = tl.load(weight + where)
     if PRECISION == "fp16x3":
         high = x.to(tl.float16)

@@ -75,37 +75,48 @@ class _Packed:
 
     Padded: states to 16, 32, 64 or 128 columns, actions and outputs to 16 or 32. log2(e) is folded into the first weights and
     the hidden biases, its inverse into the last weights. fp16x3: each weight times 2⁸ as the sum of two halves, or the smaller
-    half would be subnormal. weights: 10 tensors, each of the five matrices followed by its lower half (itself where there is
-    none), (n_networks, rows, columns). bias (n_biases, 3, H) and bias_out (n_biases, out).
+    half would be subnormal. weights (n_networks, block): a network's five matrices (H,S), (H,A), (H,H), (H,H), (OUT,H) one after
+    the other; low, its lower half, or weights itself where there is none. bias (n_biases, 3, H) and bias_out (n_biases, OUT).
     """
 
-    def __init__(self, module, precision: str, hidden_dim: int, n_out: int, n_networks: int, n_biases: int):
+    NETWORKS: int  # of a module
+
+    def __init__(self, modules: list, precision: str, hidden_dim: int, n_out: int, biases: int):
         require(precision in PRECISIONS, f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
         require(hidden_dim in HIDDEN_DIMS, f"hidden_dim {hidden_dim} is not one of {HIDDEN_DIMS}")
-        self.module, self.precision, self.hidden_dim = module, precision, hidden_dim
-        self.state_dim, self.action_dim = module.state_dim, module.action_dim
+        self.modules, self.precision, self.hidden_dim = modules, precision, hidden_dim
+        self.state_dim, self.action_dim, self.n_out = modules[0].state_dim, modules[0].action_dim, n_out
         for name, value, most in (("state_dim", self.state_dim, MAX_STATE_DIM), ("action_dim", self.action_dim, MAX_ACTION_DIM)):
             require(1 <= value <= most, f"{name} {value} is not within 1 to {most}")
-        self.device = next(module.parameters()).device
+        self.device = next(modules[0].parameters()).device
         self.S, self.A, self.OUT = _padded(self.state_dim), _padded(self.action_dim), _padded(n_out)
         self.scale = 2.0**-8 if precision == "fp16x3" else 1.0
-        H = self.hidden_dim
+        H, n_networks = hidden_dim, self.NETWORKS * len(modules)
+        self.shapes = (H, self.S), (H, self.A), (H, H), (H, H), (self.OUT, H)
         dtype = torch.float16 if precision.startswith("fp16") else torch.float32
-        self.weights = []
-        for rows, columns in ((H, self.S), (H, self.A), (H, H), (H, H), (self.OUT, H)):
-            high = torch.zeros(n_networks, rows, columns, dtype=dtype, device=self.device)
-            self.weights += [high, torch.zeros_like(high) if precision == "fp16x3" else high]
-        self.bias = torch.zeros(n_biases, 3, H, device=self.device)
-        self.bias_out = torch.zeros(n_biases, self.OUT, device=self.device)
+        block = sum(math.prod(shape) for shape in self.shapes)
+        self.weights = torch.zeros(n_networks, block, dtype=dtype, device=self.device)
+        self.low = torch.zeros_like(self.weights) if precision == "fp16x3" else self.weights
+        self.biases = biases  # of a network: one for each timestep
+        self.bias = torch.zeros(n_networks * biases, 3, H, device=self.device)
+        self.bias_out = torch.zeros(n_networks * biases, self.OUT, device=self.device)
         self._seen = None
         self.refresh()
 
-    def _networks(self):
+    def _networks(self, module):
         """Each network's (w_state, w_action), its hidden and last layers, and its first biases (n, H)."""
         raise NotImplementedError
 
+    def matrices(self, block: torch.Tensor) -> list:
+        """A network's block (or another vector laid out alike) -> views of its five matrices, padded."""
+        pieces = block.split([math.prod(shape) for shape in self.shapes])
+        return [piece.view(shape) for piece, shape in zip(pieces, self.shapes)]
+
+    def _parameters(self):
+        return (p for module in self.modules for p in module.parameters())
+
     def _state_of_training(self) -> tuple:
-        return optimizer_steps, *((p.data_ptr(), p._version) for p in self.module.parameters())
+        return optimizer_steps, *((p.data_ptr(), p._version) for p in self._parameters())
 
     def stale(self) -> bool:
         """Whether the parameters may have changed since they were packed: written to, or an optimizer has made a step.
@@ -124,38 +135,38 @@ class _Packed:
     @torch.no_grad()
     def refresh(self) -> None:
         """Pack the present parameters, in place: graphs that read them stay valid. Raises UnsupportedError on NaN."""
-        finite = torch.stack([p.isfinite().all() for p in self.module.parameters()]).all()
+        finite = torch.stack([p.isfinite().all() for p in self._parameters()]).all()
         require(bool(finite), f"weights of the {self.KIND} hold NaN or infinity: the training has diverged")
-        n = len(self.bias) // len(self.weights[0])  # biases of a network: one for each timestep
-        for i, (w_state, w_action, second, third, last, first_bias) in enumerate(self._networks()):
-            biases = self.bias[i * n : (i + 1) * n]
+        networks = (network for module in self.modules for network in self._networks(module))
+        for i, (w_state, w_action, second, third, last, first_bias) in enumerate(networks):
+            own = slice(i * self.biases, (i + 1) * self.biases)
             for layer, bias in enumerate((first_bias, second.bias, third.bias)):
-                biases[:, layer] = bias * (LOG2E / self.scale)
-            self.bias_out[i * n : (i + 1) * n, : len(last.bias)] = last.bias / self.scale
+                self.bias[own, layer] = bias * (LOG2E / self.scale)
+            self.bias_out[own, : self.n_out] = last.bias / self.scale
             matrices = w_state * LOG2E, w_action * LOG2E, second.weight, third.weight, last.weight / LOG2E
-            for high, low, matrix in zip(self.weights[::2], self.weights[1::2], matrices):
+            for high, low, matrix in zip(self.matrices(self.weights[i]), self.matrices(self.low[i]), matrices):
                 rows, columns = matrix.shape
                 matrix = matrix / self.scale
-                high[i, :rows, :columns] = matrix
+                high[:rows, :columns] = matrix
                 if self.precision == "fp16x3":
-                    low[i, :rows, :columns] = matrix - high[i, :rows, :columns]
+                    low[:rows, :columns] = matrix - high[:rows, :columns]
         self._seen = self._state_of_training()
 
 
 class PackedPolicy(_Packed):
-    """A DiffusionPolicy's noise network: its time embedding and first bias are folded into a table (T, H)."""
+    """DiffusionPolicies' noise networks: time embedding and first bias are folded into a table (T, H) each."""
 
-    KIND = "policy"
+    KIND, NETWORKS = "policy", 1
 
-    def __init__(self, policy, precision: str):
+    def __init__(self, policies: list, precision: str):
+        policy = policies[0]
         self.n_timesteps, self.max_action = policy.n_timesteps, float(policy.max_action)
         require(1 <= self.n_timesteps <= MAX_STEPS, f"n_timesteps {self.n_timesteps} is not within 1 to {MAX_STEPS}")
-        super().__init__(policy, precision, policy.mid_layer[0].out_features, policy.action_dim, 1, self.n_timesteps)
+        super().__init__(policies, precision, policy.mid_layer[0].out_features, policy.action_dim, self.n_timesteps)
         chain = zip(policy.x0_from_x, policy.x0_from_eps, policy.mean_from_x0, policy.mean_from_x, policy.sigma)
         self.coefficients = torch.tensor(list(chain), dtype=torch.float32, device=self.device)  # (T, 5)
 
-    def _networks(self):
-        policy = self.module
+    def _networks(self, policy):
         first, second, third = (policy.mid_layer[i] for i in (0, 2, 4))
         time_dim = first.in_features - self.action_dim - self.state_dim
         w_action, w_time, w_state = first.weight.split([self.action_dim, time_dim, self.state_dim], dim=1)
@@ -164,15 +175,15 @@ class PackedPolicy(_Packed):
 
 
 class PackedCritic(_Packed):
-    """Both networks of a TwinCritic."""
+    """Both networks of TwinCritics, one after the other."""
 
-    KIND = "critic"
+    KIND, NETWORKS = "critic", 2
 
-    def __init__(self, critic, precision: str):
-        super().__init__(critic, precision, critic.q1_model[0].out_features, 1, 2, 2)
+    def __init__(self, critics: list, precision: str):
+        super().__init__(critics, precision, critics[0].q1_model[0].out_features, 1, 1)
 
-    def _networks(self):
-        for model in (self.module.q1_model, self.module.q2_model):
+    def _networks(self, critic):
+        for model in (critic.q1_model, critic.q2_model):
             first, second, third, last = model[::2]
             w_state, w_action = first.weight.split([self.state_dim, self.action_dim], dim=1)
             yield w_state, w_action, second, third, last, first.bias[None]

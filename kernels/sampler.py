@@ -17,7 +17,7 @@ from .tiles import Tile, choose_tile
 @triton.jit(do_not_specialize=["seed", "n_rows"])
 def _sampler(
     state, x_T, noises, seed, counter, out, n_rows, per_state, zero, coefficients, bias, bias_out, max_action,
-    w_state, w_state_low, w_action, w_action_low, w_2, w_2_low, w_3, w_3_low, w_4, w_4_low,
+    weights, weights_low,
     STATE_DIM: tl.constexpr, ACTION_DIM: tl.constexpr, T: tl.constexpr, GIVEN: tl.constexpr,
     ROWS: tl.constexpr, S: tl.constexpr, A: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, SCALE: tl.constexpr,
     PRECISION: tl.constexpr, TURNED: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
@@ -31,8 +31,7 @@ def _sampler(
         draw = tl.load(counter)
     x = reverse_chain(
         st, x_T, noises, seed, draw, row, valid, n_rows, zero, coefficients, bias, bias_out, max_action,
-        (w_state, w_state_low, w_action, w_action_low, w_2, w_2_low, w_3, w_3_low, w_4, w_4_low),
-        ACTION_DIM, T, GIVEN, ROWS, S, A, H, CHUNK, SCALE, PRECISION, TURNED, STAGES, PTX,
+        weights, weights_low, ACTION_DIM, T, GIVEN, ROWS, S, A, H, CHUNK, SCALE, PRECISION, TURNED, STAGES, PTX,
     )  # fmt: skip
     a = tl.arange(0, A)
     where = rows(row.to(tl.int64), TURNED) * ACTION_DIM + features(a, TURNED)
@@ -52,7 +51,7 @@ class FusedSampler:
     """
 
     def __init__(self, policy, precision: str = "fp16", *, seed: int = 0):
-        self.packed = PackedPolicy(policy, precision)
+        self.packed = PackedPolicy([policy], precision)
         self.arch = architecture(self.packed.device)
         self.seed = seed
         # How many calls have drawn noise, and how many programs of the present one are done: on the device, so that each
@@ -88,7 +87,7 @@ class FusedSampler:
         with on(p.device):
             _sampler[(triton.cdiv(n_rows, tile.rows),)](
                 state, out if x_T is None else x_T, out if x_T is None else noises, self.seed if seed is None else seed, counter,
-                out, n_rows, n_rows // len(state), 0, p.coefficients, p.bias, p.bias_out, p.max_action, *p.weights,
+                out, n_rows, n_rows // len(state), 0, p.coefficients, p.bias, p.bias_out, p.max_action, p.weights, p.low,
                 STATE_DIM=p.state_dim, ACTION_DIM=p.action_dim, T=p.n_timesteps, GIVEN=x_T is not None,
                 ROWS=tile.rows, S=p.S, A=p.A, H=p.hidden_dim, CHUNK=tile.chunk, SCALE=p.scale, PRECISION=p.precision,
                 TURNED=tile.turned, STAGES=tile.stages, PTX=not interpreting(), num_warps=tile.warps,
