@@ -447,7 +447,7 @@ class DiffusionQL:
     ):
         if algo not in ("ql", "bc"):
             raise ValueError(f"unknown algo {algo!r}; known: ql, bc")
-        self.device, self.algo = torch.device(device), algo
+        self.device, self.algo, self.seed = torch.device(device), algo, seed
         self.discount, self.tau, self.eta, self.grad_norm = discount, tau, eta, grad_norm
         self.lr, self.critic_lr, self.lr_decay_every, self.lr_decay_steps = lr, critic_lr, lr_decay_every, lr_decay_steps
         self.ema_decay, self.ema_start, self.ema_every = ema_decay, ema_start, ema_every
@@ -474,7 +474,11 @@ class DiffusionQL:
         # On a GPU rate and step count live there, so that an update can be captured in a CUDA graph.
         on_gpu = self.device.type == "cuda"
         rate = torch.tensor(lr, device=self.device) if on_gpu else lr
-        return torch.optim.Adam([vector], lr=rate, fused=True, capturable=on_gpu)
+        optimizer = torch.optim.Adam([vector], lr=rate, fused=True, capturable=on_gpu)
+        # As its first step would make them: whoever trains or restores an agent writes into these.
+        step = torch.zeros((), device=self.device)
+        optimizer.state[vector] = {"step": step, "exp_avg": torch.zeros_like(vector), "exp_avg_sq": torch.zeros_like(vector)}
+        return optimizer
 
     def compile(self):
         """torch.compile the target and the two losses."""
@@ -657,9 +661,9 @@ class DiffusionQL:
         if weights_only:
             return
         for name, optimizer in (("policy", self.policy_optimizer), ("critic", self.critic_optimizer)):
-            prefix = f"{name}_optimizer."
-            moments = {k[len(prefix) :]: v.to(self.device, copy=True) for k, v in state.items() if k.startswith(prefix)}
-            optimizer.state[optimizer.param_groups[0]["params"][0]] = moments
+            # In place, as the weights: what was captured or fused goes on with them.
+            for moment, v in optimizer.state[optimizer.param_groups[0]["params"][0]].items():
+                v.copy_(state[f"{name}_optimizer.{moment}"])
         self.step.copy_(state["step"])
         self.generator.set_state(state["generator"])
 

@@ -14,15 +14,20 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from multiprocessing import get_context
 from pathlib import Path
+from unittest.mock import patch
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench.machine import describe
 from bench.timing import RESULTS
+from dql import DiffusionQL
+from kernels import training, update
 from kernels.actor import _actor
 from kernels.packing import HIDDEN_DIMS, PRECISIONS
 from kernels.sampler import _sampler
@@ -36,8 +41,9 @@ COUNTED = ("HGMMA", "LDGSTS", "UTCHMMA", "HMMA", "FFMA", "MUFU", "LDL", "STL", "
 def compile_for(arch: int, kernel, signature: dict, constants: dict, **options) -> dict:
     """Compile one kernel; signature: name -> type of each argument that is not a constant. -> what was found"""
     types = {name: "constexpr" if name in constants else signature[name] for name in kernel.arg_names}
-    # What a launch would find out: torch aligns its tensors, and 0 is a multiple of 16.
-    aligned = {(i,): [["tt.divisibility", 16]] for i, (name, t) in enumerate(types.items()) if t[0] == "*" or name == "zero"}
+    # What a launch would find out: torch aligns its tensors, and 0 and a batch of 256 are multiples of 16.
+    multiples = ("zero", "B", "n_rows") if "B" in types else ("zero",)
+    aligned = {(i,): [["tt.divisibility", 16]] for i, (name, t) in enumerate(types.items()) if t[0] == "*" or name in multiples}
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -93,6 +99,49 @@ def cases(arch: int, hidden_dims=HIDDEN_DIMS) -> dict:
                     if name == "sampler":
                         constants["per_state"] = 1
                     found[f"{name} {size} {H} {precision}"] = kernel, signature, constants, {"num_warps": tile.warps}
+    for H in hidden_dims:
+        for precision in PRECISIONS:
+            counts = {}
+            for kernel, *rest in update_launches(precision, H):
+                name = kernel.fn.__name__
+                counts[name] = counts.get(name, 0) + 1
+                of = {"weight_gradients": (" critic", " policy"), "adam": (" critic", " policy")}.get(name, ("",))[counts[name] - 1]
+                found[f"update {name}{of} {H} {precision}"] = kernel, *rest
+    return found
+
+
+class Recorder:
+    """Stands in for a kernel, and notes what it is launched with."""
+
+    def __init__(self, kernel, launches: list):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
+
+
+def update_launches(precision: str, hidden_dim: int = 256, **agent) -> list:
+    """(kernel, signature, constants, options) of everything that FusedUpdate launches for antmaze's sizes, in this order."""
+    launches, names = [], ("sample", "fit", "weight_gradients", "adam", "climb", "time_gradient", "finish")
+    with ExitStack() as patches:
+        for name in names:
+            patches.enter_context(patch.object(training, name, Recorder(getattr(training, name), launches)))
+        patches.enter_context(patch.object(update, "interpreting", lambda: True))  # so that it takes tensors of a CPU
+        fused = update.FusedUpdate(DiffusionQL(29, 8, hidden_dim=hidden_dim, **agent), None, 256, precision)
+        fused.PTX = True
+        fused.columns = [torch.zeros(1000, 1)] * 5
+        launches.clear()
+        fused._launch()
+    found = []
+    for kernel, args, kwargs in launches:
+        options = {"num_warps": kwargs.pop("num_warps", 4)}
+        values = dict(zip(kernel.arg_names, args)) | kwargs
+        fixed = {p.name for p in kernel.params if p.is_constexpr}
+        # A launch makes a constant of 1, unless told not to.
+        fixed |= {p.name for p in kernel.params if type(values[p.name]) is int and values[p.name] == 1 and not p.do_not_specialize}
+        types = {torch.float32: "*fp32", torch.float16: "*fp16", torch.int32: "*i32", torch.int64: "*i64", int: "i32", float: "fp32"}
+        signature = {name: types[v.dtype if torch.is_tensor(v) else type(v)] for name, v in values.items() if name not in fixed}
+        found.append((kernel, signature, {name: values[name] for name in fixed}, options))
     return found
 
 

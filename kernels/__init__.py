@@ -1,11 +1,13 @@
-"""Diffusion policies fused into Triton kernels: the whole reverse-diffusion chain, or a whole decision, in one launch.
+"""Diffusion policies fused into Triton kernels: a reverse-diffusion chain, or a whole decision, in one launch; an update in nine.
 
     sampler = kernels.FusedSampler(policy)          # a dql.DiffusionPolicy, or a module with its attributes
     actions = sampler(states)                       # (B, state_dim) -> (B, action_dim)
     actor = kernels.FusedActor(policy, critic, 50)  # best of 50 by a dql.TwinCritic
     actions = actor(states)                         # (B, state_dim) -> (B, action_dim)
+    update = kernels.FusedUpdate(agent, transitions, 256)  # a dql.DiffusionQL; or several, side by side
+    losses = update.run(1000)                       # a thousand updates
 
-kernels.graphs captures either in a CUDA graph.
+kernels.graphs captures what can be captured in a CUDA graph.
 
 kernels.available() says whether they can run here, kernels.why_not() why not. They also run on CPU tensors in Triton's
 interpreter (TRITON_INTERPRET=1), slowly, which is how they are tested. Nothing here has been run on a GPU yet.
@@ -15,7 +17,7 @@ from importlib.util import find_spec
 
 import torch
 
-__all__ = ["FusedActor", "FusedSampler", "UnsupportedError", "available", "why_not"]
+__all__ = ["FusedActor", "FusedSampler", "FusedUpdate", "UnsupportedError", "available", "why_not"]
 
 NO_TRITON = "triton is not installed: pip install 'triton>=3.6,<3.9' (it has packages for Linux)"
 
@@ -23,6 +25,7 @@ if find_spec("triton"):
     from .actor import FusedActor
     from .packing import UnsupportedError, interpreting
     from .sampler import FusedSampler
+    from .update import FusedUpdate
 
 
 def __getattr__(name):

@@ -12,15 +12,15 @@ import triton
 import triton.language as tl
 
 from .network import load_states, network, reverse_chain
-from .ops import features, gumbels, rows
+from .ops import clamp, features, gumbels, rows
 from .packing import PackedCritic, PackedPolicy, architecture, interpreting, on, require, require_tensor
 from .tiles import Tile, choose_actor_tile
 
 
 @triton.jit(do_not_specialize=["seed", "n_rows"])
 def _actor(
-    state, x_T, noises, gumbel, seed, counter, done, candidates, values, out, n_rows, zero, coefficients, bias, bias_out,
-    max_action, weights, weights_low, q_bias, q_bias_out, q_weights, q_weights_low,
+    state, x_T, noises, gumbel, seed, counter, done, candidates, values, out, n_rows, zero, coefficients, bias,
+    max_action, weights, weights_low, q_bias, q_weights, q_weights_low,
     N: tl.constexpr, N_PADDED: tl.constexpr, PARTS: tl.constexpr, GREEDY: tl.constexpr, Q_H: tl.constexpr,
     STATE_DIM: tl.constexpr, ACTION_DIM: tl.constexpr, T: tl.constexpr, GIVEN: tl.constexpr,
     ROWS: tl.constexpr, S: tl.constexpr, A: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, SCALE: tl.constexpr,
@@ -35,14 +35,15 @@ def _actor(
     if not GIVEN:
         draw = tl.load(counter)
     x = reverse_chain(
-        st, x_T, noises, seed, draw, row, valid, n_rows, zero, coefficients, bias, bias_out, max_action,
-        weights, weights_low, ACTION_DIM, T, GIVEN, ROWS, S, A, H, CHUNK, SCALE, PRECISION, TURNED, STAGES, PTX,
+        st, x_T, noises, seed, draw, row, valid, n_rows, zero, coefficients, bias, max_action, weights, weights_low,
+        ACTION_DIM, T, GIVEN, ROWS, S, A, H, CHUNK, SCALE, PRECISION, TURNED, STAGES, PTX,
     )  # fmt: skip
+    x = clamp(x, max_action)
     Q_BLOCK: tl.constexpr = Q_H * (S + A + 2 * Q_H + 16)
     q = tl.full([ROWS], float("inf"), tl.float32)
     for k in tl.range(0, 2):
         y = network(
-            st, x, q_bias + k * 3 * Q_H, q_bias_out + k * 16, q_weights + k * Q_BLOCK, q_weights_low + k * Q_BLOCK, k * zero,
+            st, x, q_bias + k * (3 * Q_H + 16), q_weights + k * Q_BLOCK, q_weights_low + k * Q_BLOCK, k * zero,
             ROWS, S, A, Q_H, 16, CHUNK, SCALE, PRECISION, TURNED, STAGES, PTX,
         )  # fmt: skip
         # The other 15 outputs are padding: 0.
@@ -143,8 +144,8 @@ class FusedActor:
             _actor[(B, parts)](
                 state, x_T if given else nothing, noises if given else nothing, gumbel if wanted else nothing,
                 self.seed if seed is None else seed, self.counter if seed is None else torch.zeros_like(self.counter),
-                self.done, self.candidates, self.values, out, n * B, 0, p.coefficients, p.bias, p.bias_out,
-                p.max_action, p.weights, p.low, q.bias, q.bias_out, q.weights, q.low,
+                self.done, self.candidates, self.values, out, n * B, 0, p.coefficients, p.bias,
+                p.max_action, p.weights, p.low, q.bias, q.weights, q.low,
                 N=n, N_PADDED=triton.next_power_of_2(n), PARTS=parts, GREEDY=self.greedy, Q_H=q.hidden_dim,
                 STATE_DIM=p.state_dim, ACTION_DIM=p.action_dim, T=p.n_timesteps, GIVEN=given,
                 ROWS=tile.rows, S=p.S, A=p.A, H=p.hidden_dim, CHUNK=tile.chunk, SCALE=p.scale, PRECISION=p.precision,

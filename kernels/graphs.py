@@ -21,14 +21,16 @@ class Captured:
     """function(*inputs) -> tensor or tensors, captured for inputs of these shapes on a CUDA device.
 
     Each call copies its inputs in, replays, and returns the graph's output, which the next call overwrites. Networks that
-    fused kernels in it have packed are packed again first where they have changed. Raises UnsupportedError without a GPU and
-    for inputs of another shape, dtype or device.
+    fused kernels in it have packed are packed again first where they have changed. unchanged: tensors, and generators: torch
+    generators that function draws from, which making the graph leaves as they were although it calls the function. Raises
+    UnsupportedError without a GPU and for inputs of another shape, dtype or device.
     """
 
-    def __init__(self, function, *inputs: torch.Tensor):
+    def __init__(self, function, *inputs: torch.Tensor, unchanged=(), generators=()):
         require(torch.cuda.is_available(), "CUDA graphs need a CUDA GPU, and none was found")
         self.function = function  # keeps alive what the graph reads
         self.inputs = [x.clone() for x in inputs]
+        before = [x.clone() for x in unchanged], [g.get_state() for g in generators]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -36,6 +38,8 @@ class Captured:
                 function(*self.inputs)
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
+        for generator in generators:
+            self.graph.register_generator_state(generator)
         packing.captured = []
         try:
             with torch.cuda.graph(self.graph):
@@ -43,6 +47,10 @@ class Captured:
             self.packed = packing.captured
         finally:
             packing.captured = None
+        for x, value in zip(unchanged, before[0]):
+            x.copy_(value)
+        for generator, state in zip(generators, before[1]):
+            generator.set_state(state)
 
     def __call__(self, *inputs: torch.Tensor):
         require(len(inputs) == len(self.inputs), f"{len(inputs)} inputs given to a graph of {len(self.inputs)}")

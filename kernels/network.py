@@ -11,18 +11,33 @@ As ε_θ the timestep enters through b₁(t) alone, a (T, H) table made when pac
 import triton
 import triton.language as tl
 
-from .ops import clamp, features, linear, mish, normals, rows
+from .ops import (
+    clamp,
+    features,
+    linear,
+    load_features,
+    mish,
+    mish_slope,
+    normals,
+    power_of_two,
+    rows,
+    store_features,
+    store_inputs,
+)
 
 
 @triton.jit
 def network(
-    state, x, bias, bias_out, weights, weights_low, zero,
+    state, x, bias, weights, weights_low, zero,
     ROWS: tl.constexpr, S: tl.constexpr, A: tl.constexpr, H: tl.constexpr, OUT: tl.constexpr, CHUNK: tl.constexpr,
     SCALE: tl.constexpr, PRECISION: tl.constexpr, TURNED: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
+    saved=None, at=None, keep=None, bias_row=None,
 ):  # fmt: skip
-    """One network's outputs for a tile: (ROWS, OUT), or turned. bias points at (3, H), bias_out at (OUT,).
+    """One network's outputs for a tile: (ROWS, OUT), or turned. bias points at its (3·H + OUT,) biases.
 
-    weights, weights_low: this network's block of what packing makes. zero is 0, which the compiler must not know.
+    weights, weights_low: this network's block of what packing makes. zero is 0, which the compiler must not know. For training:
+    saved (n, 3·H) gets u₁, u₂, u₃ = log2(e)·z at its rows `at`, those that keep says. bias_row (ROWS,): which row of several
+    biases each row takes for its first layer, whatever its timestep.
     """
     w_action, w_2, w_3, w_4 = H * S, H * (S + A), H * (S + A + H), H * (S + A + 2 * H)  # packing.py's order
     weights, weights_low = weights + zero, weights_low + zero
@@ -32,20 +47,73 @@ def network(
     z = none + features(tl.load(bias + H + h), TURNED)
     for start in tl.range(0, H, CHUNK, num_stages=STAGES):
         c = start + j
-        u = none + features(tl.load(bias + c), TURNED)
+        if bias_row is None:
+            u = none + features(tl.load(bias + c), TURNED)
+        else:
+            u = none + tl.load(bias + features(c, TURNED) + rows(bias_row * (3 * H + OUT), TURNED))
         u = linear(state, weights, weights_low, c, s, S, 1, u, PRECISION, TURNED)
-        u = linear(x, weights + w_action, weights_low + w_action, c, a, A, 1, u, PRECISION, TURNED)
-        z = linear(mish(u * SCALE, PTX), weights + w_2, weights_low + w_2, h, c, H, 1, z, PRECISION, TURNED)
-    hidden = mish(z * SCALE, PTX)
+        u = linear(x, weights + w_action, weights_low + w_action, c, a, A, 1, u, PRECISION, TURNED) * SCALE
+        if saved is not None:
+            store_features(saved, at, c, 3 * H, u, keep, TURNED)
+        z = linear(mish(u, PTX), weights + w_2, weights_low + w_2, h, c, H, 1, z, PRECISION, TURNED)
+    z = z * SCALE
+    if saved is not None:
+        store_features(saved, at, H + h, 3 * H, z, keep, TURNED)
+    hidden = mish(z, PTX)
     if PRECISION == "fp16":
         hidden = hidden.to(tl.float16)  # once, not once per chunk
-    y = none + features(tl.load(bias_out + out), TURNED)
+    y = none + features(tl.load(bias + 3 * H + out), TURNED)
     for start in tl.range(0, H, CHUNK, num_stages=STAGES):
         c = start + j
         u = none + features(tl.load(bias + 2 * H + c), TURNED)
-        u = linear(hidden, weights + w_3, weights_low + w_3, c, h, H, 1, u, PRECISION, TURNED)
-        y = linear(mish(u * SCALE, PTX), weights + w_4, weights_low + w_4, out, c, H, 1, y, PRECISION, TURNED)
+        u = linear(hidden, weights + w_3, weights_low + w_3, c, h, H, 1, u, PRECISION, TURNED) * SCALE
+        if saved is not None:
+            store_features(saved, at, 2 * H + c, 3 * H, u, keep, TURNED)
+        y = linear(mish(u, PTX), weights + w_4, weights_low + w_4, out, c, H, 1, y, PRECISION, TURNED)
     return y * SCALE
+
+
+@triton.jit
+def network_gradient(
+    dy, saved, du, at, keep, weights, weights_low, zero,
+    ROWS: tl.constexpr, S: tl.constexpr, A: tl.constexpr, H: tl.constexpr, OUT: tl.constexpr, CHUNK: tl.constexpr,
+    SCALE: tl.constexpr, PRECISION: tl.constexpr, TURNED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The gradient with respect to x, (ROWS, A) or turned, from dy (ROWS, OUT), that with respect to network()'s outputs.
+
+    saved: what network() saved at the rows `at`. du (n, 3·H), unless None, gets the gradients with respect to u₁, u₂, u₃: all
+    that the weights' gradients need. A power of two brings dy near 2⁸ first, or fp16 would lose what is small.
+    """
+    w_action, w_2, w_3, w_4 = H * S, H * (S + A), H * (S + A + H), H * (S + A + 2 * H)
+    weights, weights_low = weights + zero, weights_low + zero
+    a, h, j, out = tl.arange(0, A), tl.arange(0, H), tl.arange(0, CHUNK), tl.arange(0, OUT)
+    up, down = power_of_two(dy, PRECISION)
+    dy = dy * up
+    none = rows(tl.zeros([ROWS], tl.float32), TURNED)
+    total = none + features(h * 0.0, TURNED)
+    for start in tl.range(0, H, CHUNK, num_stages=STAGES):
+        c = start + j
+        d = none + features(c * 0.0, TURNED)
+        d = linear(dy, weights + w_4, weights_low + w_4, c, out, 1, H, d, PRECISION, TURNED) * SCALE
+        d = d * mish_slope(load_features(saved, at, 2 * H + c, 3 * H, keep, TURNED))
+        if du is not None:
+            store_features(du, at, 2 * H + c, 3 * H, d * down, keep, TURNED)
+        total = linear(d, weights + w_3, weights_low + w_3, h, c, 1, H, total, PRECISION, TURNED)
+    d_2 = total * SCALE * mish_slope(load_features(saved, at, H + h, 3 * H, keep, TURNED))
+    if du is not None:
+        store_features(du, at, H + h, 3 * H, d_2 * down, keep, TURNED)
+    if PRECISION == "fp16":
+        d_2 = d_2.to(tl.float16)
+    dx = none + features(a * 0.0, TURNED)
+    for start in tl.range(0, H, CHUNK, num_stages=STAGES):
+        c = start + j
+        d = none + features(c * 0.0, TURNED)
+        d = linear(d_2, weights + w_2, weights_low + w_2, c, h, 1, H, d, PRECISION, TURNED) * SCALE
+        d = d * mish_slope(load_features(saved, at, c, 3 * H, keep, TURNED))
+        if du is not None:
+            store_features(du, at, c, 3 * H, d * down, keep, TURNED)
+        dx = linear(d, weights + w_action, weights_low + w_action, a, c, 1, A, dx, PRECISION, TURNED)
+    return dx * (SCALE * down)
 
 
 @triton.jit
@@ -63,16 +131,19 @@ def load_states(
 
 @triton.jit
 def reverse_chain(
-    state, x_T, noises, seed, draw, row, valid, n_rows, zero, coefficients, bias, bias_out, max_action,
-    weights, weights_low,
+    state, x_T, noises, seed, draw, row, valid, n_rows, zero, coefficients, bias, max_action, weights, weights_low,
     ACTION_DIM: tl.constexpr, T: tl.constexpr, GIVEN: tl.constexpr,
     ROWS: tl.constexpr, S: tl.constexpr, A: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, SCALE: tl.constexpr,
     PRECISION: tl.constexpr, TURNED: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
+    STREAM: tl.constexpr = 0, saved=None, inputs=None, epsilons=None, at=None, at_step=None, keep=None,
 ):  # fmt: skip
     """All T steps for the rows row (ROWS,) int32, those that are valid, of n_rows: actions (ROWS, A), or turned; 0 elsewhere.
+    They still have to be clamped to ±max_action.
 
     a_{t-1} = c₂·clamp(c₀·a_t - c₁·ε_θ(a_t, t, s)) + c₃·a_t + c₄·z (paper, eq. 1 and its posterior). GIVEN: noise is read from
-    x_T (n_rows, ACTION_DIM) and noises (T, n_rows, ACTION_DIM), else drawn from seed and draw.
+    x_T (n_rows, ACTION_DIM) and noises (T, n_rows, ACTION_DIM), else drawn from seed and draw, as steps STREAM to STREAM + T.
+    For training, iteration k leaves what its backward pass needs at the rows at + k·at_step that keep says: saved, as
+    network() does, a_t in the action's columns of inputs, and ε_θ in epsilons (n, A).
     """
     a = tl.arange(0, A)
     within = features(a < ACTION_DIM, TURNED) & rows(valid, TURNED)
@@ -82,17 +153,26 @@ def reverse_chain(
     if GIVEN:
         x = tl.load(x_T + where, mask=within, other=0.0)
     else:
-        x = normals(seed, draw, 0, row, A)
+        x = normals(seed, draw, STREAM, row, A)
         if TURNED:
             x = tl.trans(x)
         x = tl.where(within, x, 0.0)
     for k in tl.range(0, T):
         t = T - 1 - k
         # t·zero keeps LLVM from hoisting every weight's address, 150 registers of them, out of this loop.
-        epsilon = network(
-            state, x, bias + t * 3 * H, bias_out + t * A, weights, weights_low, t * zero,
-            ROWS, S, A, H, A, CHUNK, SCALE, PRECISION, TURNED, STAGES, PTX,
-        )  # fmt: skip
+        if saved is None:
+            epsilon = network(
+                state, x, bias + t * (3 * H + A), weights, weights_low, t * zero,
+                ROWS, S, A, H, A, CHUNK, SCALE, PRECISION, TURNED, STAGES, PTX,
+            )  # fmt: skip
+        else:
+            now = at + k * at_step
+            store_inputs(inputs, now, keep, state, x, t + row * 0, ROWS, S, A, T, TURNED)
+            epsilon = network(
+                state, x, bias + t * (3 * H + A), weights, weights_low, t * zero,
+                ROWS, S, A, H, A, CHUNK, SCALE, PRECISION, TURNED, STAGES, PTX, saved, now, keep,
+            )  # fmt: skip
+            store_features(epsilons, now, a, A, epsilon, keep, TURNED)
         c = coefficients + t * 5
         x_0 = clamp(tl.load(c) * x - tl.load(c + 1) * epsilon, max_action)
         x = tl.load(c + 2) * x_0 + tl.load(c + 3) * x
@@ -100,9 +180,38 @@ def reverse_chain(
             if GIVEN:
                 z = tl.load(noises + k * step_size + where, mask=within, other=0.0)
             else:
-                z = normals(seed, draw, k + 1, row, A)
+                z = normals(seed, draw, STREAM + k + 1, row, A)
                 if TURNED:
                     z = tl.trans(z)
             x = x + tl.load(c + 4) * z
         x = tl.where(within, x, 0.0)
-    return clamp(x, max_action)
+    return x
+
+
+@triton.jit
+def chain_gradient(
+    g, saved, inputs, epsilons, du, dy, at, at_step, keep, zero, coefficients, max_action, weights, weights_low,
+    ACTION_DIM: tl.constexpr, T: tl.constexpr, INPUTS: tl.constexpr,
+    ROWS: tl.constexpr, S: tl.constexpr, A: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, SCALE: tl.constexpr,
+    PRECISION: tl.constexpr, TURNED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """reverse_chain() backwards from g (ROWS, A), or turned, the gradient with respect to its (unclamped) actions.
+
+    Leaves in du, as network_gradient() does, and in dy (n, A) the gradients of all T passes through the network.
+    """
+    a = tl.arange(0, A)
+    within = features(a < ACTION_DIM, TURNED) & rows(keep, TURNED)
+    for t in tl.range(0, T):
+        now = at + (T - 1 - t) * at_step
+        x = load_features(inputs, now, S + a, INPUTS, keep, TURNED)
+        epsilon = load_features(epsilons, now, a, A, keep, TURNED)
+        c = coefficients + t * 5
+        x_0 = tl.load(c) * x - tl.load(c + 1) * epsilon
+        g_0 = tl.where(tl.abs(x_0) <= max_action, g * tl.load(c + 2), 0.0)  # as torch.clamp, whose bounds pass gradients
+        d = tl.where(within, -tl.load(c + 1) * g_0, 0.0)
+        store_features(dy, now, a, A, d, keep, TURNED)
+        dx = network_gradient(
+            d, saved, du, now, keep, weights, weights_low, t * zero,
+            ROWS, S, A, H, A, CHUNK, SCALE, PRECISION, TURNED, STAGES,
+        )  # fmt: skip
+        g = tl.where(within, tl.load(c + 3) * g + tl.load(c) * g_0 + dx, 0.0)

@@ -42,6 +42,33 @@ def mish(u, PTX: tl.constexpr):
 
 
 @triton.jit
+def mish_slope(u):
+    """mish'(x) at u = log2(e)·x, which also is the derivative of mish(u) above. With k = e + e²/2 and r = 1/(k + 1) it is
+    r·(k + x·e·(1 + e)·r); beyond u = 30 it is 1."""
+    e = tl.exp2(tl.minimum(u, 30.0))
+    k = e + 0.5 * e * e
+    r = 1.0 / (k + 1.0)
+    return r * (k + (u * 0.6931471805599453) * e * (1.0 + e) * r)
+
+
+@triton.jit
+def power_of_two(x, PRECISION: tl.constexpr):
+    """(up, down), powers of two with up·down = 1: up·x has its largest element within 2⁸ to 2⁹. Both 1 for float32 operands.
+
+    fp16 has no numbers below 2⁻²⁴ and few below 2⁻¹⁴, and gradients are that small. NaN and infinity stay what they are.
+    """
+    if PRECISION == "fp16" or PRECISION == "fp16x3":
+        largest = tl.max(tl.max(tl.abs(x), 1), 0)
+        exponent = tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) & 255, 27)
+        up = ((262 - exponent) << 23).to(tl.float32, bitcast=True)
+        down = ((exponent - 8) << 23).to(tl.float32, bitcast=True)
+    else:
+        up = 1.0
+        down = 1.0
+    return up, down
+
+
+@triton.jit
 def _uniform(a):
     """uint32 -> U(0, 1), never 0 nor 1: the odd multiples of 2⁻²⁴."""
     return ((a >> 9).to(tl.int32).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2⁻²³
@@ -109,6 +136,36 @@ def features(v, TURNED: tl.constexpr):
 def rows(v, TURNED: tl.constexpr):
     """A vector along the axis of rows."""
     return v[None, :] if TURNED else v[:, None]
+
+
+@triton.jit
+def load_features(memory, row, feature, stride, keep, TURNED: tl.constexpr):
+    """Features of the rows row of (n, stride), those that keep says, 0 elsewhere."""
+    where = rows(row, TURNED) * stride + features(feature, TURNED)
+    return tl.load(memory + where, mask=rows(keep, TURNED), other=0.0)
+
+
+@triton.jit
+def store_features(memory, row, feature, stride, value, keep, TURNED: tl.constexpr):
+    """The counterpart of load_features()."""
+    where = rows(row, TURNED) * stride + features(feature, TURNED)
+    tl.store(memory + where, value, mask=rows(keep, TURNED))
+
+
+@triton.jit
+def store_inputs(
+    inputs, row, keep, state, x, t,
+    ROWS: tl.constexpr, S: tl.constexpr, A: tl.constexpr, T: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
+    """Rows [state | x | one-hot t] of inputs (n, S + A + T padded), what the first layer's weight gradients are made of; T 0: no t."""
+    TIMES: tl.constexpr = (T + 15) // 16 * 16
+    WIDTH: tl.constexpr = S + A + TIMES
+    store_features(inputs, row, tl.arange(0, S), WIDTH, state.to(tl.float32), keep, TURNED)
+    store_features(inputs, row, S + tl.arange(0, A), WIDTH, x.to(tl.float32), keep, TURNED)
+    for first in tl.static_range(0, TIMES, 16):
+        step = first + tl.arange(0, 16)
+        hot = tl.where(features(step, TURNED) == rows(t, TURNED), 1.0, 0.0)
+        store_features(inputs, row, S + A + step, WIDTH, hot, keep, TURNED)
 
 
 @triton.jit

@@ -54,18 +54,19 @@ def architecture(device: torch.device) -> int:
 optimizer_steps = 0
 
 
-def _count_step(*_) -> None:
+def count_step(*_) -> None:
+    """Parameters may have changed in a way that their version counters do not show."""
     global optimizer_steps
     optimizer_steps += 1
 
 
-register_optimizer_step_post_hook(_count_step)
+register_optimizer_step_post_hook(count_step)
 
 # What is packed and read by the graph that is being captured, for graphs.Captured; None at other times.
 captured: list | None = None
 
 
-def _padded(n: int) -> int:
+def padded(n: int) -> int:
     """The size of a matrix product's inner dimension: a power of two, at least 16."""
     return max(16, triton.next_power_of_2(n))
 
@@ -76,7 +77,7 @@ class _Packed:
     Padded: states to 16, 32, 64 or 128 columns, actions and outputs to 16 or 32. log2(e) is folded into the first weights and
     the hidden biases, its inverse into the last weights. fp16x3: each weight times 2⁸ as the sum of two halves, or the smaller
     half would be subnormal. weights (n_networks, block): a network's five matrices (H,S), (H,A), (H,H), (H,H), (OUT,H) one after
-    the other; low, its lower half, or weights itself where there is none. bias (n_biases, 3, H) and bias_out (n_biases, OUT).
+    the other; low, its lower half, or weights itself where there is none. bias (n_biases, 3·H + OUT).
     """
 
     NETWORKS: int  # of a module
@@ -89,7 +90,7 @@ class _Packed:
         for name, value, most in (("state_dim", self.state_dim, MAX_STATE_DIM), ("action_dim", self.action_dim, MAX_ACTION_DIM)):
             require(1 <= value <= most, f"{name} {value} is not within 1 to {most}")
         self.device = next(modules[0].parameters()).device
-        self.S, self.A, self.OUT = _padded(self.state_dim), _padded(self.action_dim), _padded(n_out)
+        self.S, self.A, self.OUT = padded(self.state_dim), padded(self.action_dim), padded(n_out)
         self.scale = 2.0**-8 if precision == "fp16x3" else 1.0
         H, n_networks = hidden_dim, self.NETWORKS * len(modules)
         self.shapes = (H, self.S), (H, self.A), (H, H), (H, H), (self.OUT, H)
@@ -98,8 +99,7 @@ class _Packed:
         self.weights = torch.zeros(n_networks, block, dtype=dtype, device=self.device)
         self.low = torch.zeros_like(self.weights) if precision == "fp16x3" else self.weights
         self.biases = biases  # of a network: one for each timestep
-        self.bias = torch.zeros(n_networks * biases, 3, H, device=self.device)
-        self.bias_out = torch.zeros(n_networks * biases, self.OUT, device=self.device)
+        self.bias = torch.zeros(n_networks * biases, 3 * H + self.OUT, device=self.device)
         self._seen = None
         self.refresh()
 
@@ -125,6 +125,10 @@ class _Packed:
         """
         return self._seen != self._state_of_training()
 
+    def remember(self) -> None:
+        """What is packed are the present parameters."""
+        self._seen = self._state_of_training()
+
     def freshen(self) -> None:
         """Pack again if need be."""
         if captured is not None:
@@ -139,18 +143,18 @@ class _Packed:
         require(bool(finite), f"weights of the {self.KIND} hold NaN or infinity: the training has diverged")
         networks = (network for module in self.modules for network in self._networks(module))
         for i, (w_state, w_action, second, third, last, first_bias) in enumerate(networks):
-            own = slice(i * self.biases, (i + 1) * self.biases)
+            own, H = self.bias[i * self.biases : (i + 1) * self.biases], self.hidden_dim
             for layer, bias in enumerate((first_bias, second.bias, third.bias)):
-                self.bias[own, layer] = bias * (LOG2E / self.scale)
-            self.bias_out[own, : self.n_out] = last.bias / self.scale
-            matrices = w_state * LOG2E, w_action * LOG2E, second.weight, third.weight, last.weight / LOG2E
+                own[:, layer * H : (layer + 1) * H] = bias * (LOG2E / self.scale)
+            own[:, 3 * H : 3 * H + self.n_out] = last.bias / self.scale
+            matrices = w_state * LOG2E, w_action * LOG2E, second.weight, third.weight, last.weight * (1 / LOG2E)
             for high, low, matrix in zip(self.matrices(self.weights[i]), self.matrices(self.low[i]), matrices):
                 rows, columns = matrix.shape
                 matrix = matrix / self.scale
                 high[:rows, :columns] = matrix
                 if self.precision == "fp16x3":
                     low[:rows, :columns] = matrix - high[:rows, :columns]
-        self._seen = self._state_of_training()
+        self.remember()
 
 
 class PackedPolicy(_Packed):

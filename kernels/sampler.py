@@ -9,14 +9,14 @@ import triton
 import triton.language as tl
 
 from .network import load_states, reverse_chain
-from .ops import features, rows
+from .ops import clamp, features, rows
 from .packing import PackedPolicy, architecture, interpreting, on, require, require_tensor
 from .tiles import Tile, choose_tile
 
 
 @triton.jit(do_not_specialize=["seed", "n_rows"])
 def _sampler(
-    state, x_T, noises, seed, counter, out, n_rows, per_state, zero, coefficients, bias, bias_out, max_action,
+    state, x_T, noises, seed, counter, out, n_rows, per_state, zero, coefficients, bias, max_action,
     weights, weights_low,
     STATE_DIM: tl.constexpr, ACTION_DIM: tl.constexpr, T: tl.constexpr, GIVEN: tl.constexpr,
     ROWS: tl.constexpr, S: tl.constexpr, A: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, SCALE: tl.constexpr,
@@ -30,10 +30,11 @@ def _sampler(
     if not GIVEN:
         draw = tl.load(counter)
     x = reverse_chain(
-        st, x_T, noises, seed, draw, row, valid, n_rows, zero, coefficients, bias, bias_out, max_action,
-        weights, weights_low, ACTION_DIM, T, GIVEN, ROWS, S, A, H, CHUNK, SCALE, PRECISION, TURNED, STAGES, PTX,
+        st, x_T, noises, seed, draw, row, valid, n_rows, zero, coefficients, bias, max_action, weights, weights_low,
+        ACTION_DIM, T, GIVEN, ROWS, S, A, H, CHUNK, SCALE, PRECISION, TURNED, STAGES, PTX,
     )  # fmt: skip
     a = tl.arange(0, A)
+    x = clamp(x, max_action)
     where = rows(row.to(tl.int64), TURNED) * ACTION_DIM + features(a, TURNED)
     tl.store(out + where, x, mask=features(a < ACTION_DIM, TURNED) & rows(valid, TURNED))
     if not GIVEN:
@@ -87,7 +88,7 @@ class FusedSampler:
         with on(p.device):
             _sampler[(triton.cdiv(n_rows, tile.rows),)](
                 state, out if x_T is None else x_T, out if x_T is None else noises, self.seed if seed is None else seed, counter,
-                out, n_rows, n_rows // len(state), 0, p.coefficients, p.bias, p.bias_out, p.max_action, p.weights, p.low,
+                out, n_rows, n_rows // len(state), 0, p.coefficients, p.bias, p.max_action, p.weights, p.low,
                 STATE_DIM=p.state_dim, ACTION_DIM=p.action_dim, T=p.n_timesteps, GIVEN=x_T is not None,
                 ROWS=tile.rows, S=p.S, A=p.A, H=p.hidden_dim, CHUNK=tile.chunk, SCALE=p.scale, PRECISION=p.precision,
                 TURNED=tile.turned, STAGES=tile.stages, PTX=not interpreting(), num_warps=tile.warps,

@@ -56,3 +56,24 @@ def choose_actor_tile(n_states: int, n_candidates: int, precision: str, arch: in
     """The actor's tile for n_candidates of each of n_states. A program's rows belong to one state, so it has 64 at most."""
     tile = choose_tile(n_states * n_candidates, precision, arch, hidden_dim)
     return tile._replace(rows=64, warps=4) if tile.rows > 64 else tile
+
+
+class ProductTile(NamedTuple):
+    """How a weight gradient is cut up: outputs and inputs a program, rows a step of its sum, warps, pipelining depth."""
+
+    outputs: int
+    inputs: int
+    rows: int
+    warps: int
+    stages: int
+
+
+def choose_update_tile(precision: str, hidden_dim: int = 256) -> Tile:
+    """The tile of all launches of an update that go by rows. It does not depend on how many agents learn together: each has to
+    get the numbers it would get alone. 256 rows are 16 tiles, so that one agent's chain is short and eight fill an H100."""
+    return choose_tile(1, precision, hidden_dim=hidden_dim)
+
+
+def choose_product_tile(precision: str) -> ProductTile:
+    """The tile of an update's weight gradients."""
+    return ProductTile(outputs=32, inputs=64, rows=32 if precision in ("fp32", "fp16x3") else 64, warps=4, stages=2)

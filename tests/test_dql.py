@@ -721,7 +721,7 @@ def test_an_agent_refuses_kernels_that_act_differently(kernels, monkeypatch, alg
 
     def broken(packed):
         refresh(packed)
-        packed.bias_out += 0.5
+        packed.bias[:, 3 * packed.hidden_dim :] += 0.5
 
     monkeypatch.setattr(kernels.packing.PackedPolicy, "refresh", broken)
     with pytest.raises(ValueError, match="away from plain torch's"):

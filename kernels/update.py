@@ -1,0 +1,397 @@
+"""A whole Diffusion-QL update of one or several agents in nine launches, and many updates in one CUDA graph.
+
+    update = kernels.FusedUpdate(agent, transitions, batch_size=256)     # a dql.DiffusionQL, a dql.Transitions on its device
+    losses = update.run(1000)                                            # a thousand updates: ten replays of a graph
+
+The launches are training.py's; here is the memory they work on. Parameters, averages and Adam's moments stay what they are for
+everybody else, an agent's flat vectors, of which its modules' parameters are views: evaluation, checkpoints and resuming see
+the live values. With several agents those vectors move to the rows of one matrix.
+"""
+
+import math
+
+import torch
+import triton
+
+from . import graphs, packing, training
+from .packing import LOG2E, PackedCritic, PackedPolicy, architecture, interpreting, on, require, require_tensor
+from .tiles import ProductTile, Tile, choose_product_tile, choose_update_tile
+
+MAX_BATCH = 4096
+PER_REPLAY = 100  # updates that a graph holds
+ADAM_BLOCK = 1024
+# What all agents of an update share; seeds may differ.
+SHARED = (
+    "algo discount tau eta grad_norm lr critic_lr lr_decay_every lr_decay_steps ema_decay ema_start ema_every n_target_samples"
+).split()
+
+
+def _padded(n: int) -> int:
+    return triton.next_power_of_2(n)
+
+
+class _Trained:
+    """One kind of network of all agents with its average and its optimizer, as training.adam takes them: rows of (n, SIZE)."""
+
+    def __init__(self, agents: list, name: str, packed, layers, first_columns: dict, adam_steps: torch.Tensor):
+        self.packed, self.module = packed, getattr(agents[0], name)
+        average = {"policy": "policy_ema", "critic": "critic_target"}[name]
+        optimizers = [getattr(agent, f"{name}_optimizer") for agent in agents]
+        group = optimizers[0].param_groups[0]
+        for setting, wanted in (("weight_decay", 0), ("amsgrad", False), ("maximize", False)):
+            have = group.get(setting, wanted)
+            require(have == wanted, f"the {name}'s optimizer has {setting}={have}; the fused Adam knows only {wanted}")
+        self.betas, self.eps = group["betas"], group["eps"]
+
+        vectors = [getattr(agent, f"{name}_vector") for agent in agents]
+        self.parameters = torch.stack([v.data for v in vectors])
+        self.average = torch.stack([getattr(agent, f"{average}_vector").data for agent in agents])
+        states = [optimizer.state[v] for optimizer, v in zip(optimizers, vectors)]
+        self.momentum, self.variance = (torch.stack([s[key] for s in states]) for key in ("exp_avg", "exp_avg_sq"))
+        self.gradient = torch.zeros_like(self.parameters)
+        self.adam_steps = adam_steps
+        for i, (agent, state) in enumerate(zip(agents, states)):
+            _move(getattr(agent, name), getattr(agent, f"{name}_vector"), self.parameters[i])
+            _move(getattr(agent, average), getattr(agent, f"{average}_vector"), self.average[i])
+            adam_steps[i] = state["step"]
+            state["exp_avg"], state["exp_avg_sq"], state["step"] = self.momentum[i], self.variance[i], adam_steps[i]
+        self.size = self.parameters.shape[1]
+        self.networks = [layers(self.module, i) for i in range(packed.NETWORKS)]
+        self.columns = self.networks[0][0].in_features
+        self.first_columns = first_columns
+        self.place, self.factor = self._destinations()
+
+    def _destinations(self):
+        """Where each parameter goes in the packed copies, and times what, as training.adam's place and factor."""
+        packed, H = self.packed, self.packed.hidden_dim
+        starts, n = {}, 0
+        for p in self.module.parameters():
+            starts[p] = n
+            n += p.numel()
+        place, factor = torch.full((n,), -1, dtype=torch.int32), torch.zeros(n)
+        block, width = packed.weights.shape[1], packed.bias.shape[1]
+
+        def put(p, where, times):
+            here = slice(starts[p], starts[p] + p.numel())
+            place[here], factor[here] = where.reshape(-1).int(), times / packed.scale
+
+        for k, layers in enumerate(self.networks):
+            first, *hidden, last = packed.matrices(torch.arange(block) + k * block)[1:]
+            state = packed.matrices(torch.arange(block) + k * block)[0]
+            columns = torch.full(layers[0].weight.shape, -1)
+            for positions, at, n_columns in (
+                (state, self.first_columns["STATE_AT"], packed.state_dim),
+                (first, self.first_columns["ACTION_AT"], packed.action_dim),
+            ):
+                columns[:, at : at + n_columns] = positions[:, :n_columns]
+            put(layers[0].weight, columns, LOG2E)
+            for layer, positions in zip(layers[1:3], hidden):
+                put(layer.weight, positions, 1.0)
+            put(layers[3].weight, last[: packed.n_out], 1 / LOG2E)
+            if packed.biases == 1:  # otherwise there is one for each timestep, which training.finish packs
+                for i, layer in enumerate(layers):
+                    where = k * width + i * H + torch.arange(len(layer.bias))
+                    put(layer.bias, -2 - where, LOG2E if i < 3 else 1.0)
+        return place.to(packed.device), factor.to(packed.device)
+
+    def tensors(self) -> list:
+        """Everything that an update changes."""
+        p = self.packed
+        return [self.parameters, self.average, self.momentum, self.variance, self.adam_steps, p.weights, p.low, p.bias]
+
+
+def _move(module, vector, memory) -> None:
+    """Let memory be a module's flat vector, of which its parameters are views."""
+    vector.data = memory
+    for p, view in zip(module.parameters(), memory.split([p.numel() for p in module.parameters()])):
+        p.data = view.view_as(p)
+
+
+class FusedUpdate:
+    """FusedUpdate(agent, transitions, batch_size).run(n): n updates of a DiffusionQL; several agents learn side by side.
+
+    agents: a DiffusionQL, or a list of them that differ in nothing but weights and seed; each gets the numbers it would get
+    alone, bit for bit. transitions: a dql.Transitions on the agents' device, or another object with its `columns`; None, if
+    batches will be given to step(). precision: of matrix products, fp16, tf32, fp16x3 or fp32; sums, losses, Adam and averages
+    are float32. Random numbers are Philox's, from the agent's seed and its step. Raises UnsupportedError, in one line that says
+    what is supported, for agents, sizes, optimizers or devices that the kernels cannot take, or for want of memory.
+    """
+
+    METRICS = ("critic_loss", "critic_grad_norm", "bc_loss", "q_loss", "actor_loss", "actor_grad_norm")
+
+    def __init__(
+        self, agents, transitions, batch_size: int, precision: str = "fp16", *, tile: Tile | None = None,
+        product_tile: ProductTile | None = None,
+    ):  # fmt: skip
+        self.single = not isinstance(agents, (list, tuple))
+        self.agents = agents = [agents] if self.single else list(agents)
+        require(len(agents) > 0, "no agents were given")
+        require(1 <= batch_size <= MAX_BATCH, f"batch_size {batch_size} is not within 1 to {MAX_BATCH}")
+        agent = agents[0]
+        for name in SHARED:
+            values = {getattr(a, name) for a in agents}
+            require(len(values) == 1, f"agents that learn together must share {name}; they have {sorted(values)}")
+        shapes = {tuple((k, v.shape) for k, v in a.state_dict().items() if "." in k) for a in agents}
+        require(len(shapes) == 1, "agents that learn together must have networks of the same sizes")
+        chains = {(a.policy.n_timesteps, a.policy.schedule, a.policy.max_action) for a in agents}
+        require(len(chains) == 1, "agents that learn together must share n_timesteps, schedule and max_action")
+        self.agent, self.device, self.batch_size = agent, agent.device, batch_size
+        self.arch = architecture(self.device)
+        require(self.device.type == "cuda" or interpreting(), "kernels need a CUDA GPU, or TRITON_INTERPRET=1 for the interpreter")
+        self.learns_q = agent.algo == "ql"
+        self.columns = None if transitions is None else list(transitions.columns)
+        if self.columns is not None:
+            policy, n = agent.policy, len(self.columns[0])
+            widths = policy.state_dim, policy.action_dim, policy.state_dim, 1, 1
+            for name, column, width in zip(("state", "action", "next_state", "reward", "not_done"), self.columns, widths):
+                require_tensor(name, column, (n, width), self.device)
+        wanted = self._bytes()
+        try:
+            self._allocate(precision, tile, product_tile)
+        except torch.OutOfMemoryError as e:
+            free = torch.cuda.mem_get_info(self.device)[0]
+            raise packing.UnsupportedError(
+                f"fused training of {len(agents)} agents needs {wanted >> 20} MiB of GPU memory, and {free >> 20} MiB are free"
+            ) from e
+        self.graph = None
+        self.refresh()
+
+    def _sizes(self):
+        policy, n, B = self.agent.policy, len(self.agents), self.batch_size
+        T, H = policy.n_timesteps, policy.mid_layer[0].out_features
+        S, A = packing.padded(policy.state_dim), packing.padded(policy.action_dim)
+        R, N = (T + 1) * B, self.agent.n_target_samples
+        width = S + A + -(-T // 16) * 16
+        return {
+            "inputs": (n, R, width), "saved": (n, R, 3 * H), "du": (n, R, 3 * H), "dy": (n, R, A), "epsilons": (n, R, A),
+            "actions": (n, B, A), "target_values": (n, 2, N * B), "q_inputs": (n, B, S + A), "q_saved": (n, 2, B, 3 * H),
+            "q_du": (n, 2, B, 3 * H), "q_dy": (n, 2, B, 16), "table": (n, T, H),
+        }  # fmt: skip
+
+    def _bytes(self) -> int:
+        """What has to be allocated: activations and gradients, and for each parameter a row of everything Adam knows."""
+        activations = sum(math.prod(shape) for shape in self._sizes().values())
+        parameters = sum(v.numel() for a in self.agents for v in (a.policy_vector, a.critic_vector))
+        return 4 * (activations + 9 * parameters)
+
+    def _allocate(self, precision, tile, product_tile):
+        agents, agent, device, n, B = self.agents, self.agent, self.device, len(self.agents), self.batch_size
+        policy, T = agent.policy, agent.policy.n_timesteps
+        policies = PackedPolicy([m for a in agents for m in (a.policy_ema, a.policy)], precision)
+        critics = PackedCritic([m for a in agents for m in (a.critic_target, a.critic)], precision)
+        require(policies.hidden_dim == critics.hidden_dim, "policy and critics must have the same hidden_dim")
+        H = policies.hidden_dim
+        self.precision, self.PTX = precision, not interpreting()
+        self.tile = tile = tile or choose_update_tile(precision, H)
+        self.product_tile = product_tile or choose_product_tile(precision)
+        self.n_tiles = triton.cdiv(B, tile.rows)
+
+        self.steps = torch.stack([a.step for a in agents])
+        for i, a in enumerate(agents):
+            a.step = self.steps[i]
+        adam_steps = torch.zeros(2, n, device=device)  # separate from steps, as an optimizer's own count is
+        S, A, D = policy.state_dim, policy.action_dim, policy.time_mlp[1].in_features
+        self.time_dim = D
+        require(D >= 16 and D == _padded(D), f"a time embedding of {D} numbers; it must be a power of two, at least 16")
+        self.policy = _Trained(
+            agents, "policy", policies, lambda m, k: [*m.mid_layer[::2], m.final_layer], {"STATE_AT": A + D, "ACTION_AT": 0},
+            adam_steps[0],
+        )  # fmt: skip
+        self.critic = _Trained(
+            agents, "critic", critics, lambda m, k: list((m.q1_model, m.q2_model)[k][::2]), {"STATE_AT": 0, "ACTION_AT": S},
+            adam_steps[1],
+        )  # fmt: skip
+        self.adam_steps = adam_steps
+        self.seeds = torch.tensor([a.seed for a in agents], dtype=torch.int64, device=device)
+        with torch.no_grad():
+            self.sinusoids = policy.time_mlp[0](torch.arange(T, device=device)).float().contiguous()
+        periods = agent.lr_decay_steps if agent.lr_decay_every else 0
+        shares = [0.5 * (1 + math.cos(math.pi * i / max(periods, 1))) for i in range(periods + 1)]
+        self.rates = {
+            name: torch.tensor([lr * share for share in shares], dtype=torch.float64).float().to(device)
+            for name, lr in (("policy", agent.lr), ("critic", agent.critic_lr))
+        }
+        for name, shape in self._sizes().items():
+            setattr(self, name, torch.empty(shape, device=device))
+        self.losses = torch.zeros(n, 3, self.n_tiles, device=device)
+        self.values = torch.zeros(n, 2, self.n_tiles, device=device)
+        tiles, p = self._product_programs(policies), self._product_programs(critics)
+        self.norms = torch.zeros(n, tiles + 1, device=device)  # the last one is the time embedding's
+        self.q_norms = torch.zeros(n, 2 * p, device=device)
+        self.metrics = torch.zeros(n, len(self.METRICS), device=device)
+
+    def _product_programs(self, packed) -> int:
+        """How many tiles the four weight gradients of a network have."""
+        H, out_tile, in_tile = packed.hidden_dim, self.product_tile.outputs, self.product_tile.inputs
+        width = packed.S + packed.A + (-(-packed.n_timesteps // 16) * 16 if packed.KIND == "policy" else 0)
+        first, hidden = H // out_tile * triton.cdiv(width, in_tile), (H // out_tile) * (H // in_tile)
+        return first + 2 * hidden + H // in_tile
+
+    def refresh(self) -> None:
+        """Pack the present parameters again. run() and step() do so by themselves where they have changed elsewhere."""
+        for trained in (self.policy, self.critic):
+            trained.packed.refresh()
+        with on(self.device):
+            self._finish(counts=False)  # the tables as an update makes them: resuming changes no bit
+
+    def state(self) -> list:
+        """Every tensor that an update changes and a later one reads."""
+        return [*self.policy.tensors(), *self.critic.tensors(), self.steps, self.adam_steps, self.metrics]
+
+    # ---- launches ----------------------------------------------------------------------------------------------------
+
+    def _launch(self, batch=None, noise=None):
+        """One update of every agent, on given batches and noise (both stacked over agents) or on drawn ones."""
+        agent, p, q, B, n = self.agent, self.policy.packed, self.critic.packed, self.batch_size, len(self.agents)
+        given, T, N, tile = batch is not None, p.n_timesteps, agent.n_target_samples, self.tile
+        state, action, next_state, reward, not_done = batch if given else self.columns
+        n_transitions = B if given else len(state)
+        none = self.actions
+        x_T, noises, t, bc_noise, coin = noise if given else (none, none, none, none, none)
+        sizes = dict(
+            STATE_DIM=p.state_dim, ACTION_DIM=p.action_dim, T=T, GIVEN=given, ROWS=tile.rows, S=p.S, A=p.A, H=p.hidden_dim,
+            CHUNK=tile.chunk, SCALE=p.scale, PRECISION=self.precision, TURNED=tile.turned, STAGES=tile.stages, PTX=self.PTX,
+            num_warps=tile.warps,
+        )  # fmt: skip
+        tiles = self.n_tiles
+        if self.learns_q:
+            training.sample[(triton.cdiv(N * B, tile.rows) + tiles, n)](
+                state, next_state, n_transitions, x_T, noises, self.seeds, self.steps, 0, p.coefficients, p.bias, p.max_action,
+                p.weights, p.low, q.bias, q.weights, q.low, self.target_values, self.inputs, self.saved, self.epsilons,
+                self.actions, B, N=N, **sizes,
+            )  # fmt: skip
+        critics = 2 if self.learns_q else 0
+        training.fit[(tiles, critics + 1, n)](
+            state, action, reward, not_done, n_transitions, t, bc_noise, self.seeds, self.steps, 0, agent.discount,
+            agent.policy.sqrt_alpha_bar, agent.policy.sqrt_one_minus_alpha_bar, p.bias, p.weights, p.low, q.bias, q.weights, q.low,
+            self.target_values, self.inputs, self.saved, self.du, self.dy, self.q_inputs, self.q_saved, self.q_du, self.q_dy,
+            self.losses, B, N=N, N_PADDED=_padded(N), CRITICS=critics, TILES=tiles, **sizes,
+        )  # fmt: skip
+        if self.learns_q:
+            self._weight_gradients(self.critic, self.q_inputs, self.q_saved, self.q_du, self.q_dy, self.q_norms, B, 1 / B)
+            self._adam(self.critic, self.q_norms, self.rates["critic"], agent.tau, 0, 1)
+            training.climb[(tiles, n)](
+                state, n_transitions, coin, self.seeds, self.steps, 0, p.coefficients, p.max_action, p.weights, p.low,
+                q.bias, q.weights, q.low, self.q_saved, self.inputs, self.saved, self.epsilons, self.actions, self.du, self.dy,
+                self.values, B, TILES=tiles, **sizes,
+            )  # fmt: skip
+        self._weight_gradients(
+            self.policy, self.inputs, self.saved, self.du, self.dy, self.norms, (T + 1) * B, 1 / (B * p.action_dim)
+        )
+        training.time_gradient[(n,)](
+            self.policy.parameters, self.sinusoids, self.table, self.policy.gradient, self.norms, **self._time_sizes(),
+            NORMS=self.norms.shape[1],
+        )  # fmt: skip
+        self._adam(self.policy, self.norms, self.rates["policy"], 1 - agent.ema_decay, agent.ema_start, agent.ema_every)
+        self._finish(counts=True)
+
+    def _weight_gradients(self, trained, inputs, saved, du, dy, norms, n_rows, cloned):
+        p, is_policy, tile = trained.packed, trained is self.policy, self.product_tile
+        climbs = is_policy and self.learns_q
+        base = trained.size - p.NETWORKS * sum(x.numel() for layer in trained.networks[0] for x in layer.parameters())
+        training.weight_gradients[(self._product_programs(p), p.NETWORKS, len(self.agents))](
+            inputs, saved, du, dy, trained.gradient, self.table, norms, self.values, self.batch_size, n_rows, self.agent.eta, cloned,
+            BASE=base, SIZE=(trained.size - base) // p.NETWORKS, NETWORKS=p.NETWORKS, COLUMNS=trained.columns,
+            **trained.first_columns, STATE_DIM=p.state_dim, ACTION_DIM=p.action_dim, N_OUT=p.n_out, OUT=p.OUT, S=p.S, A=p.A,
+            H=p.hidden_dim, T=p.n_timesteps if is_policy else 0, CLIMBS=climbs, TILES=self.n_tiles,
+            TILES_PADDED=_padded(self.n_tiles), NORMS=norms.shape[1], OUT_TILE=tile.outputs, IN_TILE=tile.inputs, BLOCK=tile.rows,
+            PRECISION=self.precision, STAGES=tile.stages, PTX=self.PTX, num_warps=tile.warps,
+        )  # fmt: skip
+
+    def _adam(self, trained, norms, rates, rate, start, every):
+        p, (beta_1, beta_2) = trained.packed, trained.betas
+        copies = 2 * len(self.agents)
+        training.adam[(triton.cdiv(trained.size, ADAM_BLOCK if self.PTX else 1 << 16), len(self.agents))](
+            trained.parameters, trained.gradient, trained.momentum, trained.variance, trained.average, trained.place, trained.factor,
+            p.weights, p.low, p.bias, norms, self.steps, trained.adam_steps, rates, self.agent.lr_decay_every or 1,
+            self.agent.grad_norm, rate, start, every,
+            SIZE=trained.size, NORMS=norms.shape[1], NORMS_PADDED=_padded(norms.shape[1]), RATES=len(rates) - 1,
+            CLIPS=self.agent.grad_norm > 0, BETA_1=beta_1, BETA_2=beta_2, LOG_BETA_1=math.log(beta_1),
+            LOG_BETA_2=math.log(beta_2), EPS=trained.eps, WEIGHTS=p.weights.numel() // copies, BIASES=p.bias.numel() // copies,
+            SPLIT=self.precision == "fp16x3", BLOCK=ADAM_BLOCK if self.PTX else 1 << 16,
+        )  # fmt: skip
+
+    def _time_sizes(self) -> dict:
+        p = self.policy
+        T, D = p.packed.n_timesteps, self.time_dim
+        chunk = 32 if self.PTX else p.packed.hidden_dim
+        return dict(
+            SIZE=p.size, COLUMNS=p.columns, TIME_AT=p.packed.action_dim, H=p.packed.hidden_dim, T=T, T_PADDED=max(16, _padded(T)),
+            D=D, CHUNK=chunk,
+        )  # fmt: skip
+
+    def _finish(self, counts: bool):
+        p, norms, q_norms = self.policy.packed, self.norms.shape[1], self.q_norms.shape[1]
+        training.finish[(2, len(self.agents))](
+            self.policy.parameters, self.policy.average, self.sinusoids, p.bias, self.losses, self.values, self.norms, self.q_norms,
+            self.agent.eta, self.metrics, self.steps, self.adam_steps, self.batch_size, **self._time_sizes(),
+            ACTION_DIM=p.action_dim, OUT=p.OUT, SCALE=p.scale, TILES=self.n_tiles, TILES_PADDED=_padded(self.n_tiles),
+            NORMS=norms, NORMS_PADDED=_padded(norms), Q_NORMS=q_norms, Q_NORMS_PADDED=_padded(q_norms),
+            CRITICS=2 if self.learns_q else 0, COUNTS=counts,
+        )  # fmt: skip
+
+    # ---- what is called ----------------------------------------------------------------------------------------------
+
+    def run(self, n: int):
+        """n updates on minibatches drawn with replacement. -> the mean of each metric over them, a dict of 0-d tensors; with
+        several agents a list of them. Nothing waits for the device; NaN in any update is NaN in the mean.
+
+        On a GPU every PER_REPLAY updates are one replay of a CUDA graph, captured by the first call that needs it.
+        """
+        require(self.columns is not None, "this update was made without transitions: only step() can be called")
+        self._freshen()
+        self.metrics.zero_()
+        with on(self.device):
+            if self.device.type == "cuda" and n >= PER_REPLAY:
+                if self.graph is None:
+                    self.graph = graphs.Captured(lambda: [self._launch() for _ in range(PER_REPLAY)] and None, unchanged=self.state())
+                for _ in range(n // PER_REPLAY):
+                    self.graph.replay()
+                n_left = n % PER_REPLAY
+            else:
+                n_left = n
+            for _ in range(n_left):
+                self._launch()
+        self._count()
+        return self._metrics(n)
+
+    def step(self, batch, noise):
+        """One update on a given batch (state, action, next_state, reward, not_done) with a given UpdateNoise; with several agents
+        on lists of them. -> the metrics, as run()."""
+        batches, draws = ([batch], [noise]) if self.single else (batch, noise)
+        require(len(batches) == len(draws) == len(self.agents), f"{len(self.agents)} agents need as many batches and draws of noise")
+        p, B, N = self.policy.packed, self.batch_size, self.agent.n_target_samples
+        widths = p.state_dim, p.action_dim, p.state_dim, 1, 1
+        for given in batches:
+            for name, tensor, width in zip(("state", "action", "next_state", "reward", "not_done"), given, widths):
+                require_tensor(name, tensor.contiguous(), (B, width), self.device)
+        stacked = [torch.stack(column).contiguous() for column in zip(*batches)]
+        x_T = noises = coin = self.actions
+        if self.learns_q:
+            x_T = torch.stack([torch.cat([d.target_x_T, d.actor_x_T]) for d in draws])
+            noises = torch.stack([torch.cat([d.target_noises, d.actor_noises], dim=1) for d in draws])
+            coin = torch.stack([d.coin for d in draws])
+            rows = len(draws), (N + 1) * B, p.action_dim
+            require(x_T.shape == rows, f"target and actor noise have {tuple(x_T.shape[1:])} numbers; it must be {rows[1:]}")
+        t, bc_noise = torch.stack([d.t for d in draws]), torch.stack([d.bc_noise for d in draws])
+        self._freshen()
+        self.metrics.zero_()
+        with on(self.device):
+            self._launch(stacked, (x_T, noises, t, bc_noise, coin))
+        self._count()
+        return self._metrics(1)
+
+    def _freshen(self) -> None:
+        if self.policy.packed.stale() or self.critic.packed.stale():
+            self.refresh()
+
+    def _count(self) -> None:
+        """The parameters have changed, as everybody who packed them has to know; here they are packed already."""
+        packing.count_step()
+        self.policy.packed.remember(), self.critic.packed.remember()
+
+    def _metrics(self, n: int):
+        means = self.metrics / max(n, 1)
+        names = self.METRICS if self.learns_q else self.METRICS[2:]
+        found = [dict(zip(names, row[-len(names) :])) for row in means]
+        return found[0] if self.single else found
