@@ -6,6 +6,7 @@ A diffusion model is the policy; a learned Q pulls it uphill through the whole r
 
     python dql.py --env antmaze-umaze-v0                # the paper's recipe for the task
     python dql.py --env antmaze-umaze-v0 --quick        # a recipe for a laptop: 15k updates, higher, decaying rates
+    python dql.py --env antmaze-umaze-v0 --seeds 0 1 2  # three agents side by side, a run each
     python dql.py --eval runs/NAME --render ant.gif     # evaluate a finished run and film it
 
 The algorithm (everything above "The run") needs torch and numpy alone: copy this file and call
@@ -19,6 +20,7 @@ and every evaluation episode draws its own maze goal. The arithmetic of an updat
 
 import argparse
 import copy
+import functools
 import math
 import shutil
 import sys
@@ -49,13 +51,14 @@ class Config:
     data: str = "auto"  # auto: D4RL's file, else download, else generate; or d4rl, generated, or the path of an HDF5 file
     n_generated: int = 1_000_000  # transitions to generate where D4RL's file is not used
     seed: int = 0  # of everything: initial weights, minibatches, noise, evaluation
+    seeds: tuple[int, ...] = ()  # instead of seed: as many agents side by side on the same data, each as if alone, a run each
     quick: bool = False  # for a laptop: 15 epochs, rates 3e-3 and 1e-3 decaying to 0, tau 0.02, 50 episodes, max-Q, sparse, 0.1·η
     out: str = "runs"  # folder that gets one folder per run
     device: str = "auto"  # auto: cuda when there is one; or cpu, cuda, cuda:1, ...
     threads: int = 0  # CPU threads for torch and MuJoCo; 0: all cores
-    backend: str = "auto"  # of acting. eager: plain torch; fused: one kernel launch a decision; auto: fused on a GPU, where it can
+    backend: str = "auto"  # eager; compile (torch.compile, on a GPU in a CUDA graph); graph; fused (kernels); auto: fused, graph, eager
+    precision: str = "fp16"  # of fused updates' matrix products: fp16, tf32, fp16x3 (float32's accuracy) or fp32
     matmul_precision: str = "highest"  # of float32 products: highest, high (TF32) or medium (bfloat16, on CPUs that have it)
-    compile: bool = False  # torch.compile the losses: faster updates after about a minute of compiling
 
     epochs: int = 1000  # of updates_per_epoch updates each
     updates_per_epoch: int = 1000  # the paper calls 1000 gradient steps an epoch
@@ -82,7 +85,7 @@ class Config:
     n_candidates: int = 50  # actions sampled per state when acting; one is picked by softmax of Q
     top_k: int = 1  # offline selection takes the evaluation whose BC loss has this rank (0: the smallest)
 
-    resume: str = ""  # folder of an interrupted run to continue, bit for bit
+    resume: tuple[str, ...] = ()  # folder of an interrupted run to continue, bit for bit; or of several that differ in their seeds
     eval: str = ""  # folder of a run to evaluate instead of training
     which: str = "last"  # with --eval: last, best, offline or offline_released
     episodes: int = 0  # with --eval: episodes to run; 0: eval_episodes
@@ -714,6 +717,70 @@ class Transitions:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Many updates
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Updates:
+    """Updates of one or several agents, a loop over them, each on minibatches of its own. kernels.FusedUpdate does the same, fused.
+
+    graph: each agent's update, from the minibatch's indices to Adam and the averages, is captured once in a CUDA graph, and
+    replayed. Raises ImportError without triton and kernels.UnsupportedError without a GPU.
+    """
+
+    def __init__(self, agents, transitions, batch_size, *, graph=False):
+        self.sums, self.graph = [{} for _ in agents], graph
+
+        def update(agent, sums):
+            for name, value in agent.update(transitions.sample(batch_size, agent.generator)).items():
+                sums[name] = sums[name].add_(value) if name in sums else value.clone()
+
+        self.updates = [functools.partial(update, agent, sums) for agent, sums in zip(agents, self.sums)]
+        if graph:
+            from kernels.graphs import Captured
+
+            for i, agent in enumerate(agents):
+                changed = [v for name, v in agent.state_dict().items() if name != "generator"]
+                self.updates[i] = Captured(self.updates[i], unchanged=changed, generators=[agent.generator]).replay
+
+    def run(self, n):
+        """n updates of each agent. -> for each the mean of every metric over them, a dict of 0-d tensors; nothing waits."""
+        for sums in self.sums:
+            for total in sums.values():
+                total.zero_()
+        for _ in range(n):
+            for update in self.updates:
+                update()
+        if self.graph:  # replays are steps that no optimizer is seen to make
+            from kernels.packing import count_step
+
+            count_step()
+        return [{name: total / n for name, total in sums.items()} for sums in self.sums]
+
+
+def fuse_updates(agents, transitions, batch_size, precision):
+    """A kernels.FusedUpdate of the agents, tried on one batch first. Raises ImportError without triton, and ValueError for what the
+    kernels do not support, or where their gradients are not plain torch's."""
+    import kernels
+
+    agent, update = agents[0], kernels.FusedUpdate(agents, transitions, batch_size, precision)
+    before = [{name: value.clone() for name, value in a.state_dict().items()} for a in agents]
+    some = torch.arange(batch_size, device=agent.device) % len(transitions)
+    batch = Batch(*(column[some] for column in transitions.columns))
+    noise = agent.draw_noise(batch_size)
+    metrics = agent.update(batch, noise)
+    agent.load_state_dict(before[0])
+    found = update.step([batch] * len(agents), [noise] * len(agents))[0]
+    for a, state in zip(agents, before):
+        a.load_state_dict(state)
+    for name, expected in metrics.items():
+        apart = abs(float(found[name]) - float(expected))
+        if not apart < 0.05 * max(abs(float(expected)), 0.1):  # fp16's rounding is a thousandth
+            raise ValueError(f"on this device the kernels' {name} is {float(found[name]):.4g}, plain torch's {float(expected):.4g}")
+    return update
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Evaluation
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -777,22 +844,57 @@ def make_agent(config: Config, task, device) -> DiffusionQL:
     )
 
 
-def choose_backend(config: Config, agent: DiffusionQL) -> None:
-    """Let the agent act with the fused kernels where config asks for them, or where they can run on its GPU."""
-    if config.backend == "eager" or (config.backend == "auto" and agent.device.type != "cuda"):
+def choose_acting(config: Config, agents: list) -> None:
+    """Let the agents act with the fused kernels where config asks for them, or where they can run on their GPU."""
+    if config.backend not in ("auto", "fused") or (config.backend == "auto" and agents[0].device.type != "cuda"):
         return
     try:
         import kernels
 
         reason = kernels.why_not()
         if not reason:
-            agent.fuse(config.n_candidates)
+            for agent in agents:
+                agent.fuse(config.n_candidates)
     except Exception as e:  # whatever stands in the way, a compiler's failure included, plain torch can act
-        reason = str(e).partition("\n")[0] or type(e).__name__
+        reason = first_line(e)
     if reason and config.backend == "fused":
         raise UserError(f"--backend fused cannot be had: {reason}")
     if reason:
         print(f"acting with plain torch, not with the fused kernels: {reason}", flush=True)
+
+
+def choose_updates(config: Config, agents: list, transitions):
+    """What makes the updates: config.backend, or the fastest of fused, graph and eager that works here. -> has run(n), as Updates."""
+    on_gpu = agents[0].device.type == "cuda"
+    backends = [config.backend] if config.backend != "auto" else ["fused", "graph", "eager"] if on_gpu else ["eager"]
+    for backend in backends:
+        try:
+            return make_updates(backend, config, agents, transitions)
+        except Exception as e:  # whatever stands in the way, a compiler's failure included, the next slower one may work
+            if config.backend != "auto" or backend == backends[-1]:
+                raise UserError(f"--backend {backend} cannot be had: {first_line(e)}") from e
+            print(f"updates will not be {backend}: {first_line(e)}", flush=True)
+
+
+def make_updates(backend: str, config: Config, agents: list, transitions):
+    """Raises ImportError, ValueError or whatever a compiler raises where this backend cannot work."""
+    on_gpu = agents[0].device.type == "cuda"
+    if backend == "fused":
+        import kernels
+
+        if reason := kernels.why_not():
+            raise ValueError(reason)
+        return fuse_updates(agents, transitions, config.batch_size, config.precision)
+    if backend == "compile":
+        if not on_gpu and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+            raise ValueError("it needs a C++ compiler, and there is none: install g++")
+        for agent in agents:
+            agent.compile()
+    return Updates(agents, transitions, config.batch_size, graph=backend == "graph" or (backend == "compile" and on_gpu))
+
+
+def first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def load_transitions(config: Config, task, dataset, device) -> Transitions:
@@ -811,8 +913,8 @@ def load_transitions(config: Config, task, dataset, device) -> Transitions:
     )
 
 
-def train(config: Config):
-    """Train as config says, or continue config.resume, and print the scores of every selection rule."""
+def train(config: Config) -> list:
+    """Train as config says, or continue config.resume, and print the scores of every selection rule. -> a RunFolder a seed"""
     import tasks
     from run_folder import RunError, RunFolder, restore, save_tensors, versions
 
@@ -824,85 +926,113 @@ def train(config: Config):
     log = lambda line: print(line, flush=True)  # noqa: E731
     dataset = tasks.load(task, config.data, seed=0, n_generated=config.n_generated, log=log)
     data = dataset.fingerprint()
-    agent = make_agent(config, task, device)
-    choose_backend(config, agent)
+    # Each is the run that it would be alone, and can be resumed and evaluated alone.
+    configs = [replace(config, seed=seed, seeds=(), resume=()) for seed in config.seeds or (config.seed,)]
+    agents = [make_agent(c, task, device) for c in configs]
     if config.resume:
-        run = RunFolder(config.resume)
-        saved = run.config()["data"]
-        if saved["crc32"] != data["crc32"]:
-            raise RunError(f"{run.path} was trained on {saved['label']}, this is {data['label']}: not the same transitions")
-        restore(agent, run.path / "resume.safetensors")
-        run.rewind_log(int(agent.step))
-        print(f"resumed at update {int(agent.step):,} of {config.epochs * config.updates_per_epoch:,}")
+        runs = [RunFolder(path) for path in config.resume]
+        for run, agent in zip(runs, agents):
+            saved = run.config()["data"]
+            if saved["crc32"] != data["crc32"]:
+                raise RunError(f"{run.path} was trained on {saved['label']}, this is {data['label']}: not the same transitions")
+            restore(agent, run.path / "resume.safetensors")
+        steps = {int(agent.step) for agent in agents}
+        if len(steps) > 1:
+            raise RunError(f"these runs stand at different updates ({', '.join(map(str, sorted(steps)))}): resume them one by one")
+        for run in runs:
+            run.rewind_log(*steps)
+        print(f"resumed at update {int(agents[0].step):,} of {config.epochs * config.updates_per_epoch:,}")
     else:
-        when = time.strftime("%Y%m%d-%H%M%S")
-        name = f"{config.env}-{config.algo}-{dataset.source}-seed{config.seed}-{when}"
-        run = RunFolder.create(config.out, name, {"config": asdict(config), "data": data, "versions": versions()})
-        save_tensors(run.path / "resume.safetensors", agent.state_dict())
-    print(f"{config.algo} on {data['label']}, {len(dataset):,} transitions, {device}; everything goes to {run.path}", flush=True)
-    if config.compile and not (device.type == "cuda" or any(map(shutil.which, ("c++", "g++", "clang++")))):
-        print("--compile needs a C++ compiler and finds none: going on without it")
-    elif config.compile:
-        agent.compile()
+        when, runs = time.strftime("%Y%m%d-%H%M%S"), []
+        for c, agent in zip(configs, agents):
+            name = f"{c.env}-{c.algo}-{dataset.source}-seed{c.seed}-{when}"
+            runs.append(RunFolder.create(config.out, name, {"config": asdict(c), "data": data, "versions": versions()}))
+            save_tensors(runs[-1].path / "resume.safetensors", agent.state_dict())
+    choose_acting(config, agents)
+    updates = choose_updates(config, agents, load_transitions(config, task, dataset, device))
+    paths = [str(run.path) for run in runs]
+    where = paths[0] if len(runs) == 1 else f"{Path(config.out)}, a folder for each of seeds {' '.join(str(c.seed) for c in configs)}"
+    print(f"{config.algo} on {data['label']}, {len(dataset):,} transitions, {device}; everything goes to {where}", flush=True)
     try:
-        run_epochs(config, agent, task, load_transitions(config, task, dataset, device), data["label"], run)
+        run_epochs(configs, agents, updates, task, data["label"], runs)
     except KeyboardInterrupt:
-        print(f"\ninterrupted; go on with: python dql.py --resume {run.path}")
+        print(f"\ninterrupted; go on with: python dql.py --resume {' '.join(paths)}")
         raise
-    selection = run.select(config.top_k)
     print(f"normalised scores, {data['label']}:")
-    for rule, chosen in selection.items():
-        print(f"  {rule:<17}{chosen['score']:6.1f}   (update {chosen['step']:,})")
-    return run
+    selections = [run.select(config.top_k) for run in runs]
+    for rule in selections[0]:
+        chosen = [selection[rule] for selection in selections]
+        scores = [c["score"] for c in chosen]
+        if len(runs) == 1:
+            print(f"  {rule:<17}{scores[0]:6.1f}   (update {chosen[0]['step']:,})")
+        else:
+            print(f"  {rule:<17}{mean_and_spread(scores)}   ({', '.join(f'{score:.1f}' for score in scores)})")
+    return runs
 
 
-def run_epochs(config, agent, task, transitions, label, run):
-    """The training loop: epochs of updates, and an evaluation after every eval_every of them and after the last."""
+def mean_and_spread(scores) -> str:
+    """Over seeds; the spread is their standard deviation."""
+    return f"{np.mean(scores):6.1f} ± {np.std(scores, ddof=1):.1f}"
+
+
+def run_epochs(configs, agents, updates, task, label, runs):
+    """The training loop: epochs of updates, and evaluations after every eval_every of them and after the last."""
     from tqdm import tqdm
 
     from run_folder import save_tensors
 
-    step, total, saved_at = int(agent.step), config.epochs * config.updates_per_epoch, time.monotonic()
+    config = configs[0]
+    step, total, saved_at = int(agents[0].step), config.epochs * config.updates_per_epoch, time.monotonic()
     with tqdm(total=total, initial=step, unit="update", desc=config.algo, dynamic_ncols=True, smoothing=0.05) as bar:
         while True:
             due = step > 0 and (step % (config.eval_every * config.updates_per_epoch) == 0 or step == total)
-            # A run killed in the middle of an evaluation finds it missing here and makes it again.
-            if due and all(e["step"] != step for e in run.evaluations()):
-                evaluate_and_record(config, agent, task, label, run)
+            for c, agent, run in zip(configs, agents, runs):
+                # A run killed in the middle of an evaluation finds it missing here and makes it again.
+                if due and all(e["step"] != step for e in run.evaluations()):
+                    evaluate_and_record(c, agent, task, label, run)
+            latest = [run.evaluations()[-1]["score"] for run in runs if run.evaluations()]
+            if due and len(runs) > 1:
+                tqdm.write(f"update {step:,}: score {mean_and_spread(latest)} over {len(runs)} seeds ({label})")
             if step == total:
                 return
             started = time.monotonic()
-            latest = [f"{e['score']:.1f} on {label}" for e in run.evaluations()] or ["none yet"]
-            losses = run_epoch(config, agent, transitions, bar, latest[-1])
-            step = int(agent.step)
-            run.log("epoch", step, **losses, updates_per_second=config.updates_per_epoch / (time.monotonic() - started))
+            losses = run_epoch(config, agents, updates, bar, f"{np.mean(latest):.1f} on {label}" if latest else "none yet")
+            step = int(agents[0].step)
+            rate = config.updates_per_epoch / (time.monotonic() - started)
+            for run, means in zip(runs, losses):
+                run.log("epoch", step, **means, updates_per_second=rate)
             evaluation_follows = step % (config.eval_every * config.updates_per_epoch) == 0 or step == total
             if evaluation_follows or time.monotonic() - saved_at > SAVE_SECONDS:
-                save_tensors(run.path / "resume.safetensors", agent.state_dict())
+                for agent, run in zip(agents, runs):
+                    save_tensors(run.path / "resume.safetensors", agent.state_dict())
                 saved_at = time.monotonic()
 
 
-def run_epoch(config, agent, transitions, bar, score) -> dict:
-    """updates_per_epoch updates -> mean of every metric. Raises UserError when one of them is no longer finite."""
-    sums, n_updates = {}, config.updates_per_epoch
+def run_epoch(config, agents, updates, bar, score) -> list:
+    """updates_per_epoch updates of each agent -> for each the mean of every metric. Raises UserError when one is not finite."""
+    sums, n_updates = [{} for _ in agents], config.updates_per_epoch
     for i in range(0, n_updates, LOG_EVERY):
-        window = {}
-        for _ in range(min(LOG_EVERY, n_updates - i)):
-            metrics = agent.update(transitions.sample(config.batch_size, agent.generator))
-            window = {k: window.get(k, 0.0) + v for k, v in metrics.items()}
-            bar.update()
         n = min(LOG_EVERY, n_updates - i)
-        window = {k: float(v) for k, v in window.items()}
-        broken = [k for k, v in window.items() if not math.isfinite(v)]
-        if broken:
-            raise UserError(
-                f"{broken[0]} became {window[broken[0]]} between updates {int(agent.step) - n:,} and "
-                f"{int(agent.step):,}; the last good checkpoint is kept: lower --lr or --eta, or raise --batch-size"
-            )
-        shown = {k: f"{window[k] / n:.4g}" for k in ("bc_loss", "q_loss", "critic_loss") if k in window}
-        bar.set_postfix(**shown, score=score, refresh=False)
-        sums = {k: sums.get(k, 0.0) + v for k, v in window.items()}
-    return {k: v / n_updates for k, v in sums.items()}
+        chunk = n if agents[0].device.type == "cuda" else 1  # on a CPU the bar moves with every update
+        windows = [{} for _ in agents]
+        for _ in range(0, n, chunk):
+            for window, means in zip(windows, updates.run(chunk)):
+                window |= {k: window.get(k, 0.0) + v * chunk for k, v in means.items()}
+            bar.update(chunk)
+        for agent, window, total in zip(agents, windows, sums):
+            window = {k: float(v) for k, v in window.items()}
+            broken = [k for k, v in window.items() if not math.isfinite(v)]
+            if broken:
+                whose = f"seed {agent.seed}: " if len(agents) > 1 else ""
+                raise UserError(
+                    f"{whose}{broken[0]} became {window[broken[0]]} between updates {int(agent.step) - n:,} and "
+                    f"{int(agent.step):,}; the last good checkpoint is kept: lower --lr or --eta, or raise --batch-size"
+                )
+            total |= {k: total.get(k, 0.0) + v for k, v in window.items()}
+        shown = ("bc_loss", "q_loss", "critic_loss")
+        means = {k: f"{np.mean([total[k] for total in sums]) / (i + n):.4g}" for k in shown if k in sums[0]}
+        bar.set_postfix(**means, score=score, refresh=False)
+    return [{k: v / n_updates for k, v in total.items()} for total in sums]
 
 
 def evaluate_and_record(config, agent, task, label, run):
@@ -935,7 +1065,7 @@ def evaluate_run(config: Config):
     selection = load_json(run.path / "selection.json")
     chosen = selection[config.which]
     agent = make_agent(config, task, device)
-    choose_backend(config, agent)
+    choose_acting(config, [agent])
     restore(agent, run.path / chosen["checkpoint"], weights_only=True)
     score, episodes = evaluate(agent, task, config, config.episodes or config.eval_episodes, chosen["step"] + 1)
     title = f"{config.env}, {config.which} (update {chosen['step']:,}): score {score:.1f}"
@@ -981,7 +1111,8 @@ def check(config: Config) -> None:
             raise UserError(f"--{name.replace('_', '-')} must lie between 0 and 1, not {getattr(config, name)}")
     choices = dict(
         algo=("ql", "bc"),
-        backend=("auto", "eager", "fused"),
+        backend=("auto", "eager", "compile", "graph", "fused"),
+        precision=("fp16", "tf32", "fp16x3", "fp32"),
         matmul_precision=("highest", "high", "medium"),
         schedule=("vp", "linear", "cosine"),
         lr_decay=("none", "cosine", "released"),
@@ -991,6 +1122,11 @@ def check(config: Config) -> None:
     for name, known in choices.items():
         if getattr(config, name) not in known:
             raise UserError(f"unknown --{name.replace('_', '-')} {getattr(config, name)!r}; known: {', '.join(known)}")
+    for seed in config.seeds:
+        if not 0 <= seed < 2**31:
+            raise UserError(f"--seeds must be at least 0 and less than 2**31, not {seed}")
+    if len(set(config.seeds)) < len(config.seeds):
+        raise UserError(f"--seeds {' '.join(map(str, config.seeds))} names a seed twice: two agents would be the same")
     if config.resume and config.eval:
         raise UserError("--resume and --eval exclude each other")
     if config.render and not config.eval:
@@ -1002,34 +1138,48 @@ def parse_arguments(argv: list[str]) -> Config:
     import tyro
 
     import tasks
-    from run_folder import RunFolder
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for option in ("--env", "--resume", "--eval"):
+    for option in ("--env", "--eval"):
         first.add_argument(option)
+    first.add_argument("--resume", nargs="+", default=[])
     first.add_argument("--quick", action="store_true")
     chosen, _ = first.parse_known_args(argv)
-    if "" in (chosen.resume, chosen.eval):  # what a script with an unset variable passes: not a new run
+    if "" in (*chosen.resume, chosen.eval):  # what a script with an unset variable passes: not a new run
         raise UserError("--resume and --eval take the folder of a run, for example runs/NAME; got an empty name")
-    run = chosen.resume or chosen.eval
-    if run:
-        try:
-            default = Config(**{**RunFolder(run).config()["config"], "resume": "", "eval": ""})
-        except (KeyError, TypeError) as e:
-            raise UserError(f"{run}/config.json is not one that this version of dql.py wrote: {e}") from e
+    folders = chosen.resume or ([chosen.eval] if chosen.eval else [])
+    if folders:
+        made = [saved_config(folder) for folder in folders]
+        default = made[0]
+        for folder, config in zip(folders[1:], made[1:]):
+            odd = [k for k, v in asdict(config).items() if k not in ("seed", "out") and v != getattr(default, k)]
+            if odd:
+                raise UserError(f"{folder} was made with another --{odd[0]} than {folders[0]}: they cannot be resumed together")
+        if len(made) > 1:
+            default = replace(default, seeds=tuple(config.seed for config in made))
     else:
         env = tasks.get(chosen.env or Config.env).name  # an unknown task is refused before anything else is read
         default = recipe_config(env, chosen.quick)
     config = tyro.cli(Config, args=argv, default=default, description=__doc__.split("\n\nThe algorithm (")[0])
     check(config)
-    if run:
+    if folders:
         free = "resume threads backend" if config.resume else "eval which episodes render device threads backend seed n_candidates"
         changed = [k for k, v in asdict(config).items() if k not in free.split() and v != getattr(default, k)]
         if changed:
-            raise UserError(f"{run} was made with another --{changed[0].replace('_', '-')}, and keeps its own")
+            raise UserError(f"{folders[0]} was made with another --{changed[0].replace('_', '-')}, and keeps its own")
     if config.data not in ("auto", "d4rl", "generated"):
         config.data = str(Path(config.data).expanduser().absolute())  # so that the run can be resumed from any folder
     return config
+
+
+def saved_config(folder: str) -> Config:
+    """The Config that a run was made with. Raises UserError for one of another version."""
+    from run_folder import RunFolder
+
+    try:
+        return Config(**{**RunFolder(folder).config()["config"], "seeds": (), "resume": (), "eval": ""})
+    except (KeyError, TypeError) as e:
+        raise UserError(f"{folder}/config.json is not one that this version of dql.py wrote: {e}") from e
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,7 +1,7 @@
 """Behaviour cloning against Diffusion-QL: learning curves over several seeds, trained with dql.py's own command line.
 
     python -m bench.learning_curves                     # antmaze-umaze-v0, quick recipe, seeds 0 1 2: an hour of CPU
-    python -m bench.learning_curves --jobs 2 --threads 1 --compile
+    python -m bench.learning_curves --jobs 2 --threads 1 --backend compile
 
 Each run is the command `python dql.py --env ENV --data DATA --algo ALGO --seed SEED --quick`, in runs/learning_curves. A run
 that is there is not made again, one that was interrupted is resumed; after a change of the generated data take another --out.
@@ -38,7 +38,7 @@ NAMES = {"bc": "behaviour cloning (--algo bc)", "ql": "Diffusion-QL (--algo ql)"
 def find_run(out: Path, options: dict) -> Path | None:
     """The newest run folder below out that was made with these options and today's quick recipe."""
     wanted = asdict(recipe_config(options["env"], quick=True)) | options
-    wanted = {k: v for k, v in wanted.items() if k not in ("out", "threads")}
+    wanted = json.loads(json.dumps({k: v for k, v in wanted.items() if k not in ("out", "threads")}))  # tuples are lists there
     for config in sorted(out.glob("*/config.json"), reverse=True):
         saved = json.loads(config.read_text())["config"]
         if all(saved.get(k) == v for k, v in wanted.items()):
@@ -143,13 +143,12 @@ def main() -> None:
     parser.add_argument("--algos", nargs="+", choices=("bc", "ql"), default=["ql", "bc"])
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of each run; 0: all cores")
-    parser.add_argument("--compile", action="store_true", help="as dql.py's --compile")
+    parser.add_argument("--backend", default="auto", help="as dql.py's --backend")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "learning_curves")
     arguments = parser.parse_args()
 
     wanted = [
-        {"env": arguments.env, "data": arguments.data, "algo": algo, "seed": seed, "quick": True}
-        | ({"compile": True} if arguments.compile else {})
+        {"env": arguments.env, "data": arguments.data, "algo": algo, "seed": seed, "quick": True, "backend": arguments.backend}
         for algo in arguments.algos
         for seed in arguments.seeds
     ]

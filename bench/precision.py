@@ -79,7 +79,7 @@ def imitate(precision: str) -> None:
 
 
 def find(out: Path, config: dql.Config) -> Path | None:
-    wanted = {k: v for k, v in asdict(config).items() if k not in ("out", "threads")}
+    wanted = json.loads(json.dumps({k: v for k, v in asdict(config).items() if k not in ("out", "threads")}))
     for path in sorted(out.glob("*/config.json")):
         if json.loads(path.read_text())["config"] == {**json.loads(path.read_text())["config"], **wanted}:
             if (path.parent / "selection.json").exists():
@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
                 config = replace(config, backend="eager" if precision == "eager" else "fused")
                 config = config if precision == "eager" else replace(config, precision=precision)
             elif has_compiler():
-                config = replace(config, compile=True)
+                config = replace(config, backend="compile")
             run = find(out, config)
             if run is None:
                 print(f"{time.strftime('%H:%M:%S')} {precision}, seed {seed}", flush=True)

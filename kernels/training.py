@@ -58,6 +58,12 @@ def _below(word, n):
 
 
 @triton.jit
+def _heads(seed, draw):
+    """A fair coin."""
+    return tl.max((_words(seed, draw, COIN, tl.arange(0, 16) * 0) >> 31).to(tl.int32), 0) == 1
+
+
+@triton.jit
 def _transitions(agent, b, seed, draw, n_transitions, B, GIVEN: tl.constexpr):
     """Which transition each row b of the batch is: drawn uniformly with replacement, or row b of the agent's given batch."""
     if GIVEN:
@@ -223,7 +229,7 @@ def climb(
     if GIVEN:
         heads = tl.load(coin + agent) > 0.5
     else:
-        heads = tl.max(_words(seed, draw, COIN, tl.arange(0, 16) * 0) >> 31, 0) == 1
+        heads = _heads(seed, draw)
     a, out, wide = tl.arange(0, A), tl.arange(0, 16), agent.to(tl.int64)
     unclamped = load_features(actions + agent * B * A, b, a, A, valid, TURNED)
     x = clamp(unclamped, max_action)

@@ -1,12 +1,12 @@
-"""What the kernels are compared with: policies, critics and noise for tests, and the eager chain rounded or in float64."""
+"""What the kernels are compared with: policies, critics, agents and noise for tests, eager, rounded or in float64."""
 
 import copy
 
 import torch
 import torch.nn.functional as F
 
-from dql import DiffusionPolicy, TwinCritic
-from kernels.tiles import LARGE, SMALL
+from dql import Batch, DiffusionPolicy, DiffusionQL, Transitions, TwinCritic, UpdateNoise, flatten_parameters
+from kernels.tiles import LARGE, SMALL, ProductTile, Tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter computes whole tiles, so it gets the large one with fewer rows: the same code.
@@ -78,3 +78,59 @@ def exact(policy, state, x_T, noises):
 
 def error(actual, expected):
     return ((actual - expected).norm() / expected.norm()).item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Updates
+# ---------------------------------------------------------------------------------------------------------------------
+
+# As for TILES: the interpreter pays by the program, so it gets few large ones of the same code.
+UPDATE_TILES = {}
+if DEVICE == "cpu":
+    UPDATE_TILES = dict(tile=Tile(True, 64, 128, 4, 2), product_tile=ProductTile(128, 128, 128, 4, 2))
+
+
+def make_agent(state_dim=11, action_dim=3, *, seed=0, **how):
+    return DiffusionQL(state_dim, action_dim, device=DEVICE, seed=seed, **{"hidden_dim": 128, "ema_start": 0} | how)
+
+
+def to_float64(agent):
+    """The agent, from now on in float64."""
+    for name, module in agent.networks().items():
+        setattr(agent, f"{name}_vector", flatten_parameters(module.double()))
+    agent.policy_optimizer = agent._adam(agent.policy_vector, agent.lr)
+    agent.critic_optimizer = agent._adam(agent.critic_vector, agent.critic_lr)
+    return agent
+
+
+def make_batch(agent, n, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    state, next_state = torch.randn(2, n, agent.policy.state_dim, generator=g)
+    action = (torch.rand(n, agent.policy.action_dim, generator=g) * 2 - 1) * agent.policy.max_action
+    reward, not_done = torch.randn(n, 1, generator=g), (torch.rand(n, 1, generator=g) > 0.2).float()
+    return Batch(*(x.to(DEVICE) for x in (state, action, next_state, reward, not_done)))
+
+
+def make_transitions(agent, n=100, seed=5):
+    state, action, next_state, reward, not_done = make_batch(agent, n, seed)
+    arrays = [x.cpu().numpy() for x in (state, action, next_state, reward[:, 0], 1 - not_done[:, 0])]
+    return Transitions(*arrays, device=DEVICE)
+
+
+def doubled(batch, noise):
+    """A batch and its noise in float64."""
+    fields = {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in vars(noise).items()}
+    return Batch(*(x.double() for x in batch)), UpdateNoise(**fields)
+
+
+def distance_from_clamps(policy, state, x_T, noises):
+    """How near each row (n,) comes to a bound of a clamp of its chain, in float64: there a gradient jumps. The last clamp, of the
+    action itself, is no bound of its own: at t = 0 the mean is the clamped x_0."""
+    policy, state, x, noises = copy.deepcopy(policy).double(), state.double(), x_T.double(), noises.double()
+    m, nearest = policy.max_action, torch.full((len(x),), float("inf"), dtype=torch.float64, device=x.device)
+    for k, t in enumerate(reversed(range(policy.n_timesteps))):
+        epsilon = policy.predict_noise(x, torch.full((len(x),), t, device=x.device), state)
+        x_0 = policy.x0_from_x[t] * x - policy.x0_from_eps[t] * epsilon
+        nearest = torch.minimum(nearest, (x_0.abs() - m).abs().amin(dim=1))
+        x = policy.mean_from_x0[t] * x_0.clamp(-m, m) + policy.mean_from_x[t] * x + (policy.sigma[t] * noises[k] if t else 0)
+    return nearest

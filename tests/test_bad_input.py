@@ -72,7 +72,7 @@ def test_an_unknown_task_lists_the_nearest(capsys):
         ("--reward-tune", "none, cql, sparse, normalize, iql_antmaze, antmaze, iql_locomotion"),
         ("--lr-decay", "none, cosine, released"),
         ("--which", "last, best, offline, offline_released"),
-        ("--backend", "auto, eager, fused"),
+        ("--backend", "auto, eager, compile, graph, fused"),
         ("--matmul-precision", "highest, high, medium"),
     ],
 )

@@ -729,23 +729,23 @@ def test_an_agent_refuses_kernels_that_act_differently(kernels, monkeypatch, alg
     assert agent.act(torch.zeros(5), 6, generator=torch.Generator().manual_seed(1)).isfinite().all()
 
 
-def test_backends_fall_back_with_a_line_where_they_may_and_refuse_where_they_may_not(kernels, monkeypatch, capsys):
+def test_acting_falls_back_with_a_line_where_they_may_and_refuse_where_they_may_not(kernels, monkeypatch, capsys):
     class OnGPU:
         device = torch.device("cuda")
 
         def fuse(self, n_candidates):
             raise kernels.UnsupportedError("hidden_dim 100 is not one of (128, 256, 512)")
 
-    dql.choose_backend(dql.Config(backend="auto"), OnGPU())
+    dql.choose_acting(dql.Config(backend="auto"), [OnGPU()])
     line = capsys.readouterr().out
     assert "plain torch" in line and "hidden_dim 100" in line and line.count("\n") == 1
     with pytest.raises(dql.UserError, match="--backend fused cannot be had: hidden_dim 100"):
-        dql.choose_backend(dql.Config(backend="fused"), OnGPU())
+        dql.choose_acting(dql.Config(backend="fused"), [OnGPU()])
     monkeypatch.setattr(kernels, "why_not", lambda: "no CUDA GPU was found")
     with pytest.raises(dql.UserError, match="no CUDA GPU"):
-        dql.choose_backend(dql.Config(backend="fused"), small_agent())
-    dql.choose_backend(dql.Config(backend="auto"), small_agent())  # on a CPU plain torch is what one expects
-    dql.choose_backend(dql.Config(backend="eager"), OnGPU())
+        dql.choose_acting(dql.Config(backend="fused"), [small_agent()])
+    dql.choose_acting(dql.Config(backend="auto"), [small_agent()])  # on a CPU plain torch is what one expects
+    dql.choose_acting(dql.Config(backend="eager"), [OnGPU()])
     assert capsys.readouterr().out == ""
 
 

@@ -463,22 +463,22 @@ OVERRIDES = {
     "schedule": "cosine", "hidden_dim": 64, "eta": 0.25, "reward_tune": "normalize", "lr": 1e-4, "critic_lr": 2e-4,
     "lr_decay": "released", "grad_norm": 0.5, "discount": 0.9, "tau": 0.1, "ema_decay": 0.9, "ema_start": 0,
     "ema_every": 1, "n_candidates": 3, "top_k": 0, "which": "best", "episodes": 4,
-    "backend": "eager", "matmul_precision": "high",
+    "backend": "eager", "precision": "tf32", "matmul_precision": "high",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("quick", [[], ["--quick"]], ids=["paper", "quick"])
 def test_any_field_can_be_set_over_any_recipe(quick):
     env = ["--env", "antmaze-large-play-v0", *quick]
-    flags = {"max_q_backup", "quick", "compile"}
-    assert OVERRIDES.keys() | flags | {"env", "resume", "eval", "render"} == {f.name for f in dataclasses.fields(dql.Config)}
+    flags = {"max_q_backup", "quick"}
+    assert OVERRIDES.keys() | flags | {"env", "seeds", "resume", "eval", "render"} == {f.name for f in dataclasses.fields(dql.Config)}
     recipe = dql.parse_arguments(env)
     for field, value in OVERRIDES.items():
         config = dql.parse_arguments([*env, f"--{field.replace('_', '-')}", str(value)])
         assert getattr(recipe, field) != value, "the test asks for what is there already"
         assert config == dataclasses.replace(recipe, **{field: value})
     assert dql.parse_arguments([*env, "--no-max-q-backup"]) == dataclasses.replace(recipe, max_q_backup=False)
-    assert dql.parse_arguments([*env, "--compile"]) == dataclasses.replace(recipe, compile=True)
+    assert dql.parse_arguments([*env, "--seeds", "3", "1"]) == dataclasses.replace(recipe, seeds=(3, 1))
 
 
 def comments():

@@ -1,0 +1,593 @@
+"""The fused update against eager updates in float64 and in its own precision, at sizes that fill no tile."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton has no package for this platform")
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+from reference import (  # noqa: E402
+    DEVICE,
+    UPDATE_TILES,
+    distance_from_clamps,
+    doubled,
+    error,
+    make_agent,
+    make_batch,
+    make_noise,
+    make_transitions,
+    to_float64,
+)
+
+import dql  # noqa: E402
+import kernels  # noqa: E402
+from bench import precision as rounding  # noqa: E402
+from dql import Batch, DiffusionQL, UpdateNoise  # noqa: E402
+from kernels import FusedSampler, FusedUpdate, UnsupportedError, training  # noqa: E402
+from kernels.ops import mish_slope, power_of_two  # noqa: E402
+from kernels.packing import PRECISIONS  # noqa: E402
+from kernels.tiles import Tile, choose_update_tile  # noqa: E402
+
+# What later launches read is garbage until an earlier one has written it.
+MEMORY = "inputs saved du dy epsilons actions target_values q_inputs q_saved q_du q_dy table losses values norms q_norms".split()
+
+
+def fused(agents, batch_size, precision="fp32", transitions=None, **how):
+    update = FusedUpdate(agents, transitions, batch_size, precision, **UPDATE_TILES | how)
+    for name in MEMORY:
+        getattr(update, name).fill_(math.nan)
+    for trained in (update.policy, update.critic):
+        trained.gradient.fill_(math.nan)
+    return update
+
+
+def imitate(monkeypatch, precision):
+    """Eager products round their operands as the kernels do at this precision."""
+    if precision in rounding.ROUND:
+        monkeypatch.setattr(torch.nn.functional, "linear", torch.nn.functional.linear)  # so that they are put back
+        monkeypatch.setattr(dql.DiffusionPolicy, "_noise", dql.DiffusionPolicy._noise)
+        rounding.imitate(precision)
+
+
+def away_from_clamps(agent, n, seed=1, margin=2e-3, among=6):
+    """A batch and noise whose chains stay away from the clamps' bounds, where a gradient jumps."""
+    batch, noise, k = make_batch(agent, among * n, seed), agent.draw_noise(among * n), agent.n_target_samples
+    near = distance_from_clamps(agent.policy, batch.state, noise.actor_x_T, noise.actor_noises)
+    rows = torch.nonzero(near > margin)[:n, 0]
+    assert len(rows) == n, f"only {len(rows)} rows of {among * n} stay away from the clamps"
+    targets = (rows[:, None] * k + torch.arange(k, device=rows.device)).flatten()
+    chosen = UpdateNoise(
+        noise.target_x_T[targets], noise.target_noises[:, targets], noise.t[rows], noise.bc_noise[rows], noise.actor_x_T[rows],
+        noise.actor_noises[:, rows], noise.coin,
+    )  # fmt: skip
+    return Batch(*(x[rows] for x in batch)), chosen
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gradients
+# ---------------------------------------------------------------------------------------------------------------------
+
+# state, action, hidden, T, max_action, max-Q, rows, coin
+SIZES = [
+    (11, 3, 128, 5, 1.0, False, 37, 0.2),
+    (29, 8, 256, 5, 1.0, False, 50, 0.8),
+    (17, 24, 128, 3, 0.7, True, 5, 0.2),
+    (1, 1, 128, 1, 2.0, False, 33, 0.8),
+    (60, 9, 128, 17, 1.0, False, 9, 0.2),
+]
+FLOAT32 = 4e-7  # a few roundings, by which two ways of adding up may differ
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("state_dim, action_dim, hidden_dim, T, max_action, max_q, n, coin", SIZES)
+def test_gradients_are_at_most_twice_as_far_from_float64_as_eager_ones_at_the_same_precision(
+    state_dim, action_dim, hidden_dim, T, max_action, max_q, n, precision, coin, monkeypatch
+):
+    # critic_lr 0: both actors climb the same critic. No clipping: what is left in the vectors are the gradients.
+    how = dict(hidden_dim=hidden_dim, n_timesteps=T, max_action=max_action, max_q_backup=max_q, critic_lr=0.0, grad_norm=0.0, eta=2.0)
+    agents = [make_agent(state_dim, action_dim, **how) for _ in range(3)]
+    batch, noise = away_from_clamps(agents[0], n)
+    noise.coin.fill_(coin)
+    exact, eager, ours = to_float64(agents[0]), agents[1], agents[2]
+    exact.update(*doubled(batch, noise))
+    update = fused(ours, n, precision)
+    metrics = update.step(batch, noise)
+    imitate(monkeypatch, precision)
+    expected = eager.update(batch, noise)
+    for name, trained in (("policy", update.policy), ("critic", update.critic)):
+        target = getattr(exact, f"{name}_vector").grad
+        allowed = 2 * error(getattr(eager, f"{name}_vector").grad, target)
+        found = error(trained.gradient[0], target)
+        assert found <= max(allowed, FLOAT32), f"{name}: fused {found:.2e}, allowed {allowed:.2e}"
+    tolerance = dict(rtol=0.02, atol=5e-3) if precision in ("fp16", "tf32") else dict(rtol=1e-5, atol=1e-6)
+    for name in expected:
+        torch.testing.assert_close(metrics[name], expected[name], **tolerance)
+
+
+@pytest.mark.parametrize("turned", [True, False])
+def test_gradients_of_each_parameter_of_each_layer_are_right(turned):
+    agents = [make_agent(grad_norm=0.0, critic_lr=0.0) for _ in range(2)]
+    batch, noise = away_from_clamps(agents[0], 20)
+    exact = to_float64(agents[0])
+    exact.update(*doubled(batch, noise))
+    update = fused(agents[1], 20, tile=Tile(turned, 32, 64, 4, 2))
+    update.step(batch, noise)
+    for name, trained in (("policy", update.policy), ("critic", update.critic)):
+        module, target = getattr(exact, name), getattr(exact, f"{name}_vector").grad
+        sizes = [p.numel() for p in module.parameters()]
+        for (key, _), ours, theirs in zip(module.named_parameters(), trained.gradient[0].split(sizes), target.split(sizes)):
+            assert error(ours, theirs) < 2e-5, f"{name}.{key}"
+
+
+def test_no_gradient_passes_where_a_clamp_is_active():
+    """In a box that small every chain is clamped at every step, so that nothing but cloning is left in the policy's gradient."""
+    agents = [make_agent(grad_norm=0.0, eta=eta, max_action=1e-5) for eta in (0.0, 50.0)]
+    batch, noise = make_batch(agents[0], 16), agents[0].draw_noise(16)
+    gradients = []
+    for agent in agents:
+        update = fused(agent, 16)
+        update.step(batch, noise)
+        gradients.append(update.policy.gradient[0].clone())
+    assert torch.equal(*gradients)
+
+
+@triton.jit
+def slopes(x, out, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(out + i, mish_slope(tl.load(x + i)))
+
+
+def test_the_slope_of_mish_is_that_of_torch_from_end_to_end():
+    x = torch.linspace(-100, 100, 4096, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(torch.nn.functional.mish(x).sum(), x)
+    u = (x.detach() * math.log2(math.e)).float().to(DEVICE)
+    out = torch.empty_like(u)
+    slopes[(1,)](u, out, N=4096)
+    assert (out.cpu() - expected).abs().max() < 1e-6
+
+
+@triton.jit
+def scales(x, out, PRECISION: tl.constexpr):
+    i = tl.arange(0, 16)
+    up, down = power_of_two(tl.load(x + i[:, None] * 16 + i[None, :]), PRECISION)
+    tl.store(out, up)
+    tl.store(out + 1, down)
+
+
+@pytest.mark.parametrize("largest", [1.0, 0.7, 3e-20, 6e30, 0.0, math.nan, math.inf])
+def test_gradients_are_brought_to_where_fp16_has_all_its_bits(largest):
+    x, out = torch.zeros(16, 16, device=DEVICE), torch.empty(2, device=DEVICE)
+    x[3, 4] = -largest
+    scales[(1,)](x, out, PRECISION="fp16")
+    up, down = out.tolist()
+    assert up * down == 1.0 and math.frexp(up)[0] == 0.5
+    if math.isfinite(largest) and largest > 0:
+        assert 256 <= up * largest < 512
+    scales[(1,)](x, out, PRECISION="fp32")
+    assert out.tolist() == [1.0, 1.0]
+
+
+@triton.jit
+def corrections(n, out, LOG_BETA: tl.constexpr):
+    tl.store(out, training._one_minus_power(LOG_BETA, tl.load(n)))
+
+
+@pytest.mark.parametrize("beta", [0.9, 0.999])
+def test_bias_corrections_are_exact_from_the_first_step_to_the_last(beta):
+    for n in (1, 2, 10, 99, 101, 1000, 1_000_000):
+        out = torch.empty(1, device=DEVICE)
+        corrections[(1,)](torch.tensor([float(n)], device=DEVICE), out, LOG_BETA=math.log(beta))
+        assert float(out) == pytest.approx(1 - beta**n, rel=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole updates
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def weights(agent):
+    """Everything an update changes but the count of steps: name -> flat vector."""
+    found = {name: getattr(agent, f"{name}_vector").detach().clone() for name in agent.networks()}
+    for name in ("policy", "critic"):
+        state = getattr(agent, f"{name}_optimizer").state[getattr(agent, f"{name}_vector")]
+        found |= {f"{name} {moment}": state[moment].clone() for moment in ("exp_avg", "exp_avg_sq")}
+    return found
+
+
+def test_twenty_updates_stay_as_near_to_float64_as_eager_ones():
+    """Differences are measured by the way: ‖difference‖ / ‖update‖. Averages, decaying rates and both sides of the coin are in it."""
+    how = dict(
+        n_timesteps=2, max_q_backup=True, eta=0.5, grad_norm=0.5, lr=1e-3, critic_lr=2e-3, tau=0.05, ema_decay=0.9, ema_every=3,
+        ema_start=6, lr_decay_every=4, lr_decay_steps=4,
+    )  # fmt: skip
+    exact, eager, ours = (make_agent(5, 2, **how) for _ in range(3))
+    start, exact, update, coins = weights(eager), to_float64(exact), fused(ours, 6, "fp16x3"), []
+    for i in range(20):
+        batch, noise = away_from_clamps(eager, 6, seed=i)
+        coins.append(float(noise.coin) > 0.5)
+        exact.update(*doubled(batch, noise))
+        eager.update(batch, noise)
+        update.step(batch, noise)
+    assert 2 < sum(coins) < 18
+    far, near, mine = weights(exact), weights(eager), weights(ours)
+    for name, target in far.items():
+        way = (target - start[name]).norm()
+        allowed, found = ((x[name] - target).norm() / way for x in (near, mine))
+        assert found < max(3 * allowed, 1e-5), f"{name}: fused {found:.1e}, eager {allowed:.1e}"
+    assert int(ours.step) == 20 and all(
+        int(o.state[v]["step"]) == 20
+        for o, v in ((ours.policy_optimizer, ours.policy_vector), (ours.critic_optimizer, ours.critic_vector))
+    )
+
+
+def test_one_whole_update_of_the_released_code(oracle):
+    agent = DiffusionQL(29, 8, eta=0.5, grad_norm=2.0, ema_start=0, device=DEVICE)
+    for name, net in (("policy", "actor"), ("policy_ema", "ema"), ("critic", "critic"), ("critic_target", "target")):
+        getattr(agent, name).load_state_dict(oracle.named(f"params/{net}/"))
+    given = {name: value.to(DEVICE) for name, value in oracle.named("update/in/step0/").items()}
+    noise = UpdateNoise(*(given[name] for name in ("tgt_xT", "tgt_eps", "t", "bc_eps", "act_xT", "act_eps", "coin")))
+    metrics = fused(agent, 64, "fp32").step([given[name] for name in Batch._fields], noise)
+    for name in ("bc_loss", "q_loss", "actor_loss", "critic_loss"):
+        expected = float(oracle[f"update/out/{'ql_loss' if name == 'q_loss' else name}"])
+        assert float(metrics[name]) == pytest.approx(expected, abs=2e-6 * max(1.0, abs(expected))), name
+    for ours, theirs in {"actor_grad_norm": "Actor Grad Norm", "critic_grad_norm": "Critic Grad Norm"}.items():
+        assert float(metrics[ours]) == pytest.approx(float(oracle[f"update/out/log/{theirs}"]), rel=1e-5), ours
+    for name, net in (("policy", "actor"), ("policy_ema", "ema"), ("critic", "critic"), ("critic_target", "target")):
+        before, difference, update = oracle.named(f"params/{net}/"), 0.0, 0.0
+        for key, after in oracle.named(f"update/after1/{net}/").items():
+            rows = slice(None, None, len(before[key]) // len(after)) if after.ndim else ...
+            difference += (getattr(agent, name).get_parameter(key).detach().cpu()[rows] - after).square().sum()
+            update += (after - before[key][rows]).square().sum()
+        assert (difference / update).sqrt() < 2e-3, name  # Adam makes the whole step of a gradient that is rounding
+
+
+def test_a_rate_that_has_decayed_to_nothing_changes_nothing():
+    agent = make_agent(lr_decay_every=1, lr_decay_steps=3)
+    agent.step.fill_(3)
+    before, update = agent.policy_vector.detach().clone(), fused(agent, 8)
+    update.step(make_batch(agent, 8), agent.draw_noise(8))
+    assert torch.equal(agent.policy_vector, before)
+
+
+@pytest.mark.parametrize("start, every, due", [(0, 1, True), (0, 5, True), (1, 1, False), (0, 4, True), (5, 5, False)])
+def test_the_average_follows_its_schedule(start, every, due):
+    agent = make_agent(ema_start=start, ema_every=every, ema_decay=0.9, lr=1e-2)
+    before, update = agent.policy_ema_vector.clone(), fused(agent, 8)
+    update.step(make_batch(agent, 8), agent.draw_noise(8))
+    expected = torch.lerp(before, agent.policy_vector.detach(), 0.1) if due else before
+    torch.testing.assert_close(agent.policy_ema_vector.detach(), expected, rtol=1e-6, atol=1e-8)
+
+
+def test_behaviour_cloning_touches_no_critic():
+    agents = [make_agent(algo="bc", n_timesteps=3) for _ in range(2)]
+    batch, noise = make_batch(agents[0], 20), agents[0].draw_noise(20)
+    critic = agents[1].critic_vector.detach().clone()
+    expected, metrics = agents[0].update(batch, noise), fused(agents[1], 20).step(batch, noise)
+    assert metrics.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(metrics[name], expected[name], rtol=1e-5, atol=1e-6)
+    assert torch.equal(agents[1].critic_vector, critic)
+    first = agents[1].policy_optimizer.state[agents[1].policy_vector]["exp_avg"]
+    assert error(first, agents[0].policy_optimizer.state[agents[0].policy_vector]["exp_avg"].double()) < 1e-5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Random numbers of its own
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def draws(index, t, heads, seed, n_transitions, T: tl.constexpr, ROWS: tl.constexpr):
+    row = tl.arange(0, ROWS)
+    draw = tl.program_id(0)
+    tl.store(index + draw * ROWS + row, training._transitions(draw * 0, row, seed, draw, n_transitions, ROWS, False))
+    step = training._below(training._words(seed, draw, training.TIMESTEP, row), tl.full([], T, tl.int32))
+    tl.store(t + draw * ROWS + row, step)
+    tl.store(heads + draw, training._heads(seed, draw).to(tl.int32))
+
+
+def test_transitions_timesteps_and_coins_are_uniform_and_fresh_at_each_step():
+    n, calls, rows, T = 1_000_003, 64, 1024, 5
+    index, t = (torch.empty(calls, rows, dtype=torch.int64, device=DEVICE) for _ in range(2))
+    heads = torch.empty(calls, dtype=torch.int32, device=DEVICE)
+    draws[(calls,)](index, t, heads, 7, n, T=T, ROWS=rows)
+    index, t = index.cpu().double(), t.cpu()
+    assert index.min() >= 0 and index.max() < n and index.max() > 0.999 * n
+    tenths = torch.histc(index, 10, 0, n)
+    assert ((tenths - calls * rows / 10) ** 2 / (calls * rows / 10)).sum() < 30  # chi-square, 9 degrees of freedom
+    counts = torch.bincount(t.flatten(), minlength=T).double()
+    assert len(counts) == T and ((counts - calls * rows / T) ** 2 / (calls * rows / T)).sum() < 20
+    assert 16 < heads.sum() < 48
+    assert len(index.unique()) > 0.96 * calls * rows  # another step, other transitions
+    together = torch.stack([index.flatten() / n, t.flatten() / T]) - 0.45
+    assert abs(torch.corrcoef(together)[0, 1]) < 0.02
+
+
+def test_a_step_on_drawn_numbers_is_a_step_on_the_transitions_it_says():
+    """One transition repeated: whatever is drawn, critics regress on that one."""
+    agent = make_agent(n_timesteps=2, discount=0.0, grad_norm=0.0, critic_lr=1e-2)
+    batch = make_batch(agent, 1)
+    arrays = [x.cpu().numpy() for x in (batch.state, batch.action, batch.next_state, batch.reward[:, 0], 1 - batch.not_done[:, 0])]
+    with torch.no_grad():
+        expected = sum((q - batch.reward).square().mean() for q in agent.critic(batch.state, batch.action))
+    update = fused(agent, 8, transitions=dql.Transitions(*arrays, device=DEVICE))
+    torch.testing.assert_close(update.run(1)["critic_loss"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_cloning_noise_is_standard_normal_and_timesteps_differ():
+    """ε̂ = 0 where the last layer is: the loss then is the mean square of the noise."""
+    agent = make_agent(algo="bc", lr=0.0)
+    with torch.no_grad():
+        agent.policy.final_layer.weight.zero_(), agent.policy.final_layer.bias.zero_()
+    update = fused(agent, 512, transitions=make_transitions(agent))
+    losses = [float(update.run(1)["bc_loss"]) for _ in range(3)]
+    assert all(abs(loss - 1) < 4 * math.sqrt(2 / (512 * 3)) for loss in losses) and len(set(losses)) == 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs: determinism, seeds, resuming
+# ---------------------------------------------------------------------------------------------------------------------
+
+SMALL = dict(n_timesteps=2, ema_every=2, lr=1e-3)
+
+
+def small_run(seed, **how):
+    agent = make_agent(5, 2, seed=seed, **SMALL | how)
+    return agent, fused(agent, 6, "fp16", make_transitions(agent))
+
+
+def tensors(agent):
+    return {name: value.clone() for name, value in agent.state_dict().items() if name != "generator"}
+
+
+def assert_same(agent, expected):
+    found = tensors(agent)
+    for name in expected:
+        assert torch.equal(found[name], expected[name]), name
+
+
+@pytest.fixture(scope="module")
+def history():
+    """One agent's state after each of three updates, and what they reported."""
+    agent, update = small_run(1)
+    states, metrics = [], []
+    for _ in range(3):
+        metrics.append(update.run(1))
+        states.append(tensors(agent))
+    return states, metrics
+
+
+def test_two_runs_agree_bit_for_bit_however_they_are_cut_up(history):
+    states, metrics = history
+    agent, update = small_run(1)
+    means = update.run(3)
+    assert_same(agent, states[2])
+    for name, mean in means.items():
+        torch.testing.assert_close(mean, torch.stack([m[name] for m in metrics]).mean())
+        assert mean.isfinite()
+
+
+@pytest.mark.parametrize("max_q", [False, True])
+def test_agents_side_by_side_get_the_numbers_that_each_gets_alone(max_q):
+    seeds = 1, 2_000_000_000
+    agents = [make_agent(5, 2, seed=seed, max_q_backup=max_q, **SMALL) for seed in seeds]
+    metrics = fused(agents, 6, "fp16", make_transitions(agents[0])).run(1)
+    for seed, agent, found in zip(seeds, agents, metrics):
+        alone, update = small_run(seed, max_q_backup=max_q)
+        assert update.run(1) == found
+        assert_same(agent, tensors(alone))
+    assert metrics[0]["bc_loss"] != metrics[1]["bc_loss"]
+
+
+def test_agents_side_by_side_may_be_given_a_batch_each():
+    agents, alone = ([make_agent(5, 2, seed=seed, **SMALL) for seed in (1, 2)] for _ in range(2))
+    batches, draws = [make_batch(agents[0], 6, seed=s) for s in (3, 4)], [a.draw_noise(6) for a in agents]
+    metrics = fused(agents, 6).step(batches, draws)
+    for i, agent in enumerate(alone):
+        assert fused(agent, 6).step(batches[i], draws[i]) == metrics[i]
+        assert_same(agent, tensors(agents[i]))
+
+
+def test_a_resumed_run_goes_on_bit_for_bit(history):
+    states, _ = history
+    agent = make_agent(5, 2, seed=1, **SMALL)
+    agent.load_state_dict(states[0] | {"generator": agent.generator.get_state()})
+    fused(agent, 6, "fp16", make_transitions(agent)).run(1)
+    assert_same(agent, states[1])
+
+
+def test_what_is_loaded_between_runs_is_what_is_trained(history):
+    states, _ = history
+    agent, update = small_run(1)
+    update.run(1)
+    agent.load_state_dict(states[1] | {"generator": agent.generator.get_state()})
+    update.run(1)
+    assert_same(agent, states[2])
+
+
+def test_the_modules_see_what_is_trained_and_so_do_other_kernels():
+    agent = make_agent(**SMALL | {"lr": 1e-2})
+    sampler, (state, x_T, noises) = FusedSampler(agent.policy, "fp32"), make_noise(agent.policy, 10)
+    update = fused(agent, 8, "fp32", make_transitions(agent))
+    with torch.no_grad():
+        before = agent.policy.sample(state, x_T=x_T, noises=noises)
+        update.run(1)
+        after = agent.policy.sample(state, x_T=x_T, noises=noises)
+    assert (after - before).abs().max() > 1e-3
+    torch.testing.assert_close(sampler(state, x_T, noises), after, rtol=0, atol=2e-5)
+    assert agent.policy.final_layer.weight.untyped_storage().data_ptr() == update.policy.parameters.untyped_storage().data_ptr()
+    agent.update(make_batch(agent, 8))  # and plain torch goes on from there, and back
+    update.run(1)
+    assert int(agent.step) == 3 and int(agent.state_dict()["policy_optimizer.step"]) == 3
+
+
+def test_nan_in_one_update_is_nan_in_the_mean():
+    agent = make_agent(5, 2, **SMALL)
+    transitions = make_transitions(agent)
+    update = fused(agent, 6, transitions=transitions)
+    transitions.columns[3].fill_(math.nan)
+    assert update.run(1)["critic_loss"].isnan()
+
+
+def test_fp16_gradients_of_huge_and_tiny_errors_neither_overflow_nor_vanish():
+    """A million, and a millionth: fp16 has neither."""
+    for size in (1e6, 1e-6):
+        agents = [make_agent(grad_norm=0.0, discount=0.0) for _ in range(2)]
+        batch, noise = make_batch(agents[0], 16), agents[0].draw_noise(16)
+        with torch.no_grad():
+            for model in (m for a in agents for m in (a.critic.q1_model, a.critic.q2_model)):
+                model[-1].weight.mul_(1e-3 * min(size, 1)), model[-1].bias.zero_()
+        batch = batch._replace(reward=batch.reward * size)
+        agents[0].update(batch, noise)
+        update = fused(agents[1], 16, "fp16")
+        update.step(batch, noise)
+        assert error(update.critic.gradient[0], agents[0].critic_vector.grad.double()) < 2e-3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is not supported
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        (dict(hidden_dim=100), "hidden_dim 100 is not one of"),
+        (dict(n_timesteps=101), "n_timesteps 101"),
+        (dict(state_dim=129), "state_dim 129"),
+    ],
+)
+def test_networks_of_other_sizes_are_refused(how, message):
+    with pytest.raises(UnsupportedError, match=message):
+        FusedUpdate(make_agent(**how), None, 8)
+
+
+def test_batches_precisions_and_optimizers_that_it_does_not_know_are_refused():
+    agent = make_agent()
+    for batch_size in (0, 4097):
+        with pytest.raises(UnsupportedError, match="batch_size"):
+            FusedUpdate(agent, None, batch_size)
+    with pytest.raises(UnsupportedError, match="precision 'fp8'"):
+        FusedUpdate(agent, None, 8, "fp8")
+    agent.policy_optimizer.param_groups[0]["weight_decay"] = 0.1
+    with pytest.raises(UnsupportedError, match="weight_decay=0.1"):
+        FusedUpdate(agent, None, 8)
+
+
+def test_agents_that_differ_in_more_than_their_seeds_are_refused():
+    with pytest.raises(UnsupportedError, match="share eta"):
+        FusedUpdate([make_agent(eta=1.0), make_agent(eta=2.0)], None, 8)
+    with pytest.raises(UnsupportedError, match="same sizes"):
+        FusedUpdate([make_agent(), make_agent(state_dim=12)], None, 8)
+    with pytest.raises(UnsupportedError, match="schedule"):
+        FusedUpdate([make_agent(), make_agent(schedule="linear")], None, 8)
+    with pytest.raises(UnsupportedError, match="no agents"):
+        FusedUpdate([], None, 8)
+
+
+def test_batches_and_data_of_other_shapes_are_refused():
+    agent = make_agent()
+    with pytest.raises(UnsupportedError, match="action is"):
+        FusedUpdate(agent, make_transitions(make_agent(action_dim=2)), 8)
+    update = FusedUpdate(agent, None, 8)
+    with pytest.raises(UnsupportedError, match="without transitions"):
+        update.run(1)
+    with pytest.raises(UnsupportedError, match=r"state is \(7, 11\)"):
+        update.step(make_batch(agent, 7), agent.draw_noise(8))
+    with pytest.raises(UnsupportedError, match="target and actor noise"):
+        update.step(make_batch(agent, 8), agent.draw_noise(7))
+    with pytest.raises(UnsupportedError, match="2 agents need"):
+        FusedUpdate([agent, make_agent(seed=1)], None, 8).step([make_batch(agent, 8)], [agent.draw_noise(8)])
+
+
+def test_want_of_memory_says_how_much_is_wanted(monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (3 << 20, 8 << 20))
+    monkeypatch.setattr(kernels.update, "PackedPolicy", full)
+    with pytest.raises(UnsupportedError, match=r"of 1 agents needs 6\d MiB of GPU memory, and 3 MiB are free"):
+        FusedUpdate(make_agent(29, 8, hidden_dim=256), None, 1024)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On a GPU
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_replays_of_the_graph_equal_single_launches(precision, monkeypatch):
+    monkeypatch.setattr(kernels.update, "PER_REPLAY", 5)
+    agents = [make_agent(29, 8, hidden_dim=256, ema_every=2) for _ in range(2)]
+    transitions = make_transitions(agents[0], 10_000)
+    replayed = FusedUpdate(agents[0], transitions, 256, precision)
+    launched = FusedUpdate(agents[1], transitions, 256, precision)
+    metrics = replayed.run(12)
+    assert replayed.graph is not None
+    singles = [launched.run(1) for _ in range(12)]
+    assert launched.graph is None
+    assert_same(agents[0], tensors(agents[1]))
+    for name, mean in metrics.items():
+        torch.testing.assert_close(mean, torch.stack([m[name] for m in singles]).mean())
+
+
+@pytest.mark.gpu
+def test_eight_agents_in_a_graph_get_the_numbers_that_each_gets_alone():
+    agents = [make_agent(29, 8, hidden_dim=256, seed=seed, max_q_backup=True) for seed in range(8)]
+    transitions = make_transitions(agents[0], 10_000)
+    FusedUpdate(agents, transitions, 256).run(200)
+    for seed in (0, 7):
+        alone = make_agent(29, 8, hidden_dim=256, seed=seed, max_q_backup=True)
+        FusedUpdate(alone, transitions, 256).run(200)
+        assert_same(alone, tensors(agents[seed]))
+
+
+@pytest.mark.gpu
+def test_two_hundred_captured_eager_updates_equal_as_many_launched_ones():
+    agents = [make_agent(29, 8, hidden_dim=256, lr_decay_every=50, lr_decay_steps=10) for _ in range(2)]
+    transitions = make_transitions(agents[0], 10_000)
+    metrics = [dql.Updates([agent], transitions, 256, graph=graph).run(200) for agent, graph in zip(agents, (False, True))]
+    assert_same(agents[0], tensors(agents[1]))
+    assert metrics[0][0].keys() == metrics[1][0].keys()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_training_learns_what_eager_training_learns(precision):
+    """Cloning one action for each state: after 2,000 updates both have the same loss, within a tenth."""
+    losses = []
+    for how in ("eager", "fused"):
+        agent = make_agent(29, 8, hidden_dim=256, lr=1e-3, algo="bc")
+        transitions = make_transitions(agent, 1000)
+        update = FusedUpdate(agent, transitions, 256, precision) if how == "fused" else dql.Updates([agent], transitions, 256)
+        update.run(1900)
+        found = update.run(100)
+        losses.append(float((found[0] if isinstance(found, list) else found)["bc_loss"]))
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)
+
+
+@pytest.mark.gpu
+def test_a_million_transitions_and_an_agent_take_less_than_two_gigabytes():
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    agent = make_agent(29, 8, hidden_dim=256, max_q_backup=True)
+    transitions = make_transitions(agent, 1_000_000)
+    FusedUpdate(agent, transitions, 256).run(100)
+    assert torch.cuda.max_memory_allocated() - before < 2 << 30
+
+
+def test_the_tile_does_not_depend_on_how_many_agents_there_are():
+    agents = [make_agent(seed=seed) for seed in range(3)]
+    tiles = {FusedUpdate(group, None, 8).tile for group in (agents[0], agents)}
+    assert tiles == {choose_update_tile("fp16", 128)}
+
+
+def test_what_agents_must_share_is_all_that_the_launches_read_of_one():
+    """Every hyperparameter of DiffusionQL is either shared, or part of the networks, or may differ."""
+    options = {f.name for f in dataclasses.fields(dql.Config)} & set(DiffusionQL.__init__.__kwdefaults__)
+    elsewhere = {"device", "seed", "max_q_backup", "n_timesteps", "schedule", "hidden_dim"}  # max_q_backup is n_target_samples
+    assert options - elsewhere <= set(kernels.update.SHARED)
