@@ -929,6 +929,8 @@ def train(config: Config) -> list:
     # Each is the run that it would be alone, and can be resumed and evaluated alone.
     configs = [replace(config, seed=seed, seeds=(), resume=()) for seed in config.seeds or (config.seed,)]
     agents = [make_agent(c, task, device) for c in configs]
+    choose_acting(config, agents)
+    updates = choose_updates(config, agents, load_transitions(config, task, dataset, device))
     if config.resume:
         runs = [RunFolder(path) for path in config.resume]
         for run, agent in zip(runs, agents):
@@ -948,8 +950,6 @@ def train(config: Config) -> list:
             name = f"{c.env}-{c.algo}-{dataset.source}-seed{c.seed}-{when}"
             runs.append(RunFolder.create(config.out, name, {"config": asdict(c), "data": data, "versions": versions()}))
             save_tensors(runs[-1].path / "resume.safetensors", agent.state_dict())
-    choose_acting(config, agents)
-    updates = choose_updates(config, agents, load_transitions(config, task, dataset, device))
     paths = [str(run.path) for run in runs]
     where = paths[0] if len(runs) == 1 else f"{Path(config.out)}, a folder for each of seeds {' '.join(str(c.seed) for c in configs)}"
     print(f"{config.algo} on {data['label']}, {len(dataset):,} transitions, {device}; everything goes to {where}", flush=True)

@@ -1,7 +1,7 @@
 """Everything that a new device should be asked, in one command: correctness first, then all timings, then the picture.
 
-    python -m bench.all              # laid out for under eight minutes on a GPU, where it has not been run yet
-    python -m bench.all --quick      # fewer sizes
+    python -m bench.all              # laid out for eight minutes on a GPU, where it has not been run yet
+    python -m bench.all --quick      # fewer sizes, and not the paper's whole run
 
 On a GPU the kernels' tests run first, on the hardware, those marked gpu included; where one fails nothing is timed. Figures go
 to bench/results (--out), as each benchmark says.
@@ -15,14 +15,16 @@ from pathlib import Path
 
 import torch
 
-from bench import acting, plot, sampling
+from bench import acting, plot, sampling, training
 from bench.timing import RESULTS
 from kernels.packing import PRECISIONS
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNEL_TESTS = [str(ROOT / "tests" / name) for name in ("test_sampler.py", "test_actor.py", "test_graphs.py")]
+KERNEL_TESTS = [str(ROOT / "tests" / name) for name in ("test_sampler.py", "test_actor.py", "test_graphs.py", "test_update.py")]
 # Each accuracy test compiles a kernel for seconds, on one core: they run side by side, the others in a process of their own.
-SHARDS = [f"twice and {precision}- and {tile}" for precision in PRECISIONS for tile in ("small", "large")] + ["not twice"]
+SHARDS = [f"twice and {precision}- and {tile}" for precision in PRECISIONS for tile in ("small", "large")]
+SHARDS += [f"test_update and twice and {precision}" for precision in ("tf32", "fp16", "fp32")]
+SHARDS += ["not twice and not test_update", "test_update and not twice"]
 
 
 def test_kernels() -> None:
@@ -52,11 +54,14 @@ def main(argv: list[str] | None = None) -> None:
         say("the kernels' tests, on this GPU")
         test_kernels()
     arguments = [*(["--quick"] if options.quick else []), "--out", str(options.out)]
-    for bench in (sampling, acting):
+    for bench in (training, sampling, acting):
         say(bench.__name__)
         bench.main(arguments)
     say("the picture")
     plot.main(["--results", str(options.out)])
+    if torch.cuda.is_available() and not options.quick:
+        say("the paper's whole antmaze-umaze run, after its data are generated")
+        training.main(["--full-run", "--out", str(options.out)])
     say("done")
 
 

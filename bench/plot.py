@@ -1,9 +1,9 @@
-"""The picture of what bench.sampling and bench.acting measured: time a call over batch size, and actions/s against the ceiling.
+"""Pictures of what was measured: sampling and acting over batch size, and the updates/s of each rung of the training ladder.
 
     python -m bench.plot            # of every device whose figures are in bench/results
     python -m bench.plot cpu h100
 
-Writes bench/results/sampling_DEVICE.png.
+Writes bench/results/sampling_DEVICE.png, and of bench.training's figures training_DEVICE.png.
 """
 
 import argparse
@@ -74,6 +74,34 @@ def draw(sampled: dict, acted: dict | None, path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=110)
 
 
+def draw_ladder(trained: dict, path: Path) -> None:
+    """Updates/s of each rung, with and without max-Q; and where several seeds were measured, of all of them together."""
+    most = max(f["threads"] for f in trained["figures"])
+    figures = [f for f in trained["figures"] if f["threads"] == most]
+    several = [f for f in figures if f["contestant"].startswith("fused")]
+    figure = Figure(figsize=(5.2 * (2 if several else 1), 4.4), layout="constrained")
+    ladder, *more = figure.subplots(1, 2 if several else 1, squeeze=False)[0]
+    names = list(dict.fromkeys(f["contestant"] for f in figures if f["seeds"] == 1))
+    workloads = list(dict.fromkeys(f["workload"] for f in figures))
+    for i, workload in enumerate(workloads):
+        rates = {f["contestant"]: f["updates_per_s"] for f in figures if f["workload"] == workload and f["seeds"] == 1}
+        at = [names.index(name) + (0.2 if i else -0.2) for name in rates]
+        bars = ladder.barh(at, list(rates.values()), height=0.4, color=(FUSED[0], EAGER[0])[i % 2], label=workload)
+        ladder.bar_label(bars, [f" {rate:,.0f}" if rate >= 100 else f" {rate:.1f}" for rate in rates.values()], fontsize=8)
+    ladder.set(xlabel="updates/s, one agent", xscale="log", title="the training ladder")
+    ladder.set_yticks(range(len(names)), names)
+    ladder.invert_yaxis()
+    ladder.margins(x=0.2)
+    ladder.legend(fontsize=8, frameon=False)
+    for axes in more:
+        lines(axes, [f for f in several if f["workload"] == workloads[0]], "seeds", "updates_per_s")
+        axes.set(xlabel="agents side by side", ylabel="updates/s of all", title="several seeds")
+        axes.legend(fontsize=7, frameon=False)
+    figure.suptitle(f"{device_name(trained)}, torch {trained['torch']}, {trained['date']}, commit {trained['commit']}; batch 256", fontsize=9)
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("devices", nargs="*", help="cpu, h100, ...; default: all that there are")
@@ -86,6 +114,10 @@ def main(argv: list[str] | None = None) -> None:
         if device not in there:
             raise SystemExit(f"no figures of {device} in {options.results}; there are: {', '.join(there)}")
         sampled, acted = (options.results / f"{what}_{device}.json" for what in ("sampling", "acting"))
+        trained = options.results / f"training_{device}.json"
+        if trained.exists():
+            draw_ladder(json.loads(trained.read_text()), trained.with_suffix(".png"))
+            print(trained.with_suffix(".png"))
         path = options.results / f"sampling_{device}.png"
         draw(json.loads(sampled.read_text()), json.loads(acted.read_text()) if acted.exists() else None, path)
         print(path)

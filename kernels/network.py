@@ -87,6 +87,7 @@ def network_gradient(
     w_action, w_2, w_3, w_4 = H * S, H * (S + A), H * (S + A + H), H * (S + A + 2 * H)
     weights, weights_low = weights + zero, weights_low + zero
     a, h, j, out = tl.arange(0, A), tl.arange(0, H), tl.arange(0, CHUNK), tl.arange(0, OUT)
+    tl.debug_barrier()  # what other threads of this program have saved
     up, down = power_of_two(dy, PRECISION)
     dy = dy * up
     none = rows(tl.zeros([ROWS], tl.float32), TURNED)

@@ -215,12 +215,13 @@ def climb(
     ROWS: tl.constexpr, S: tl.constexpr, A: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, SCALE: tl.constexpr,
     PRECISION: tl.constexpr, TURNED: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Programs (tile, agent): gradients of the sum over the batch of Q_i(s, a⁰) with respect to the chain's pre-activations.
+    """Programs (tile, role, agent). Role 0: gradients of the sum over the batch of Q_i(s, a⁰) with respect to the chain's
+    pre-activations; i is the coin's choice. Role 1: Q_j(s, a⁰) of the other critic.
 
-    i is the coin's choice, the other critic's mean |Q| divides: values (n, 2, TILES) gets a tile's sums of Q_i and |Q_j|, and
-    weight_gradients() makes -η·mean Q_i / mean |Q_j| of it, since a gradient is linear.
+    values (n, 2, TILES) gets a tile's sums of Q_i and |Q_j|. weight_gradients() makes -η·mean Q_i / mean |Q_j| of it, since a
+    gradient is linear.
     """
-    tile, agent = tl.program_id(0), tl.program_id(1)
+    tile, role, agent = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b = tile * ROWS + tl.arange(0, ROWS)
     valid = b < B
     seed, draw = tl.load(seeds + agent), tl.load(steps + agent).to(tl.int32)
@@ -234,35 +235,30 @@ def climb(
     unclamped = load_features(actions + agent * B * A, b, a, A, valid, TURNED)
     x = clamp(unclamped, max_action)
     Q_BLOCK: tl.constexpr = H * (S + A + 2 * H + 16)
-    climbed = 4 * agent + 2 + tl.where(heads, 0, 1)
-    other = 4 * agent + 2 + tl.where(heads, 1, 0)
+    which = 4 * agent + 2 + tl.where(heads, role, 1 - role)
+    block, low = q_weights + which * Q_BLOCK, q_weights_low + which * Q_BLOCK
     q_saved += 2 * wide * B * 3 * H  # what the critics' own gradients needed is no longer needed
     y = network(
-        st, x, q_bias + other * (3 * H + 16), q_weights + other * Q_BLOCK, q_weights_low + other * Q_BLOCK, zero,
-        ROWS, S, A, H, 16, CHUNK, SCALE, PRECISION, TURNED, STAGES, PTX,
-    )  # fmt: skip
-    scale = tl.where(valid, tl.abs(tl.sum(y, 0 if TURNED else 1)), 0.0)
-    block, low = q_weights + climbed * Q_BLOCK, q_weights_low + climbed * Q_BLOCK
-    y = network(
-        st, x, q_bias + climbed * (3 * H + 16), block, low, zero,
-        ROWS, S, A, H, 16, CHUNK, SCALE, PRECISION, TURNED, STAGES, PTX, q_saved, b, valid,
+        st, x, q_bias + which * (3 * H + 16), block, low, zero,
+        ROWS, S, A, H, 16, CHUNK, SCALE, PRECISION, TURNED, STAGES, PTX, q_saved, b, valid & (role == 0),
     )  # fmt: skip
     q = tl.where(valid, tl.sum(y, 0 if TURNED else 1), 0.0)
-    tl.store(values + 2 * agent * TILES + tile, tl.sum(q, 0))
-    tl.store(values + (2 * agent + 1) * TILES + tile, tl.sum(scale, 0))
-    one = tl.where(features(out == 0, TURNED) & rows(valid, TURNED), 1.0, 0.0)
-    g = network_gradient(
-        one, q_saved, None, b, valid, block, low, zero, ROWS, S, A, H, 16, CHUNK, SCALE, PRECISION, TURNED, STAGES
-    )
-    g = tl.where(tl.abs(unclamped) <= max_action, g, 0.0)
-    BLOCK: tl.constexpr = H * (S + A + 2 * H + A)
-    INPUTS: tl.constexpr = S + A + (T + 15) // 16 * 16
-    R, which = (T + 1) * B, 2 * agent + 1
-    chain_gradient(
-        g, saved + wide * R * 3 * H, inputs + wide * R * INPUTS, epsilons + wide * R * A, du + wide * R * 3 * H,
-        dy + wide * R * A, B + b, B, valid, zero, coefficients, max_action, weights + which * BLOCK, weights_low + which * BLOCK,
-        ACTION_DIM, T, INPUTS, ROWS, S, A, H, CHUNK, SCALE, PRECISION, TURNED, STAGES,
-    )  # fmt: skip
+    tl.store(values + (2 * agent + role) * TILES + tile, tl.sum(tl.where(role == 0, q, tl.abs(q)), 0))
+    if role == 0:
+        one = tl.where(features(out == 0, TURNED) & rows(valid, TURNED), 1.0, 0.0)
+        g = network_gradient(
+            one, q_saved, None, b, valid, block, low, zero, ROWS, S, A, H, 16, CHUNK, SCALE, PRECISION, TURNED, STAGES
+        )
+        g = tl.where(tl.abs(unclamped) <= max_action, g, 0.0)
+        BLOCK: tl.constexpr = H * (S + A + 2 * H + A)
+        INPUTS: tl.constexpr = S + A + (T + 15) // 16 * 16
+        R, policy = (T + 1) * B, 2 * agent + 1
+        chain_gradient(
+            g, saved + wide * R * 3 * H, inputs + wide * R * INPUTS, epsilons + wide * R * A, du + wide * R * 3 * H,
+            dy + wide * R * A, B + b, B, valid, zero, coefficients, max_action, weights + policy * BLOCK,
+            weights_low + policy * BLOCK,
+            ACTION_DIM, T, INPUTS, ROWS, S, A, H, CHUNK, SCALE, PRECISION, TURNED, STAGES,
+        )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -270,7 +270,7 @@ class FusedUpdate:
         if self.learns_q:
             self._weight_gradients(self.critic, self.q_inputs, self.q_saved, self.q_du, self.q_dy, self.q_norms, B, 1 / B)
             self._adam(self.critic, self.q_norms, self.rates["critic"], agent.tau, 0, 1)
-            training.climb[(tiles, n)](
+            training.climb[(tiles, 2, n)](
                 state, n_transitions, coin, self.seeds, self.steps, 0, p.coefficients, p.max_action, p.weights, p.low,
                 q.bias, q.weights, q.low, self.q_saved, self.inputs, self.saved, self.epsilons, self.actions, self.du, self.dy,
                 self.values, B, TILES=tiles, **sizes,

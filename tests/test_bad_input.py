@@ -134,6 +134,11 @@ def test_cuda_without_a_gpu_is_refused(capsys, data):
     assert "--device cuda" in refused(capsys, *TINY, "--data", data, "--device", "cuda")
 
 
+def test_impossible_seeds_are_refused(capsys):
+    assert "names a seed twice" in refused(capsys, "--seeds", "1", "2", "1")
+    assert "less than 2**31, not 2147483648" in refused(capsys, "--seeds", "0", str(2**31))
+
+
 def test_resume_and_eval_exclude_each_other(capsys, finished):
     assert "exclude" in refused(capsys, "--resume", finished, "--eval", finished)
 

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 from matplotlib.image import imread
 
-from bench import acting, plot, sampling
+from bench import acting, plot, sampling, training
 from bench import all as everything
 
 
@@ -35,6 +35,24 @@ def test_every_measured_device_gets_a_picture(tmp_path, capsys):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_the_training_ladder_is_drawn_with_one_agent_and_with_several(tmp_path, capsys):
+    for device in ("cpu", "h100"):
+        write_figures(tmp_path, device)
+        names = ["straightforward", "eager"] + (["graph", "fused fp16"] if device == "h100" else [])
+        figures = [
+            dict(threads=1, workload=w, contestant=c, seeds=n, updates_per_s=10.0 * 3**i * n)
+            for w in ("update", "update, max-Q")
+            for i, c in enumerate(names)
+            for n in ((1, 8) if c.startswith("fused") else (1,))
+        ]
+        where = json.loads((tmp_path / f"sampling_{device}.json").read_text())
+        (tmp_path / f"training_{device}.json").write_text(json.dumps(where | {"figures": figures}))
+    plot.main(["--results", str(tmp_path)])
+    one, several = (imread(tmp_path / f"training_{device}.png") for device in ("cpu", "h100"))
+    assert several.shape[1] > one.shape[1] and one.std() > 0.05
+    assert "training_h100.png" in capsys.readouterr().out
+
+
 def test_a_device_that_was_not_measured_is_refused_with_those_that_were(tmp_path):
     with pytest.raises(SystemExit, match="run python -m bench.sampling first"):
         plot.main(["--results", str(tmp_path)])
@@ -53,11 +71,11 @@ def test_a_contestant_and_its_graph_share_a_colour_and_others_do_not():
 def test_all_measures_everything_and_draws_it(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(everything.torch.cuda, "is_available", lambda: False)
-    for module in (sampling, acting):
+    for module in (training, sampling, acting):
         monkeypatch.setattr(module, "main", lambda argv, name=module.__name__: asked.append((name, argv)))
     write_figures(tmp_path, "cpu")
     everything.main(["--quick", "--out", str(tmp_path)])
-    assert asked == [(f"bench.{name}", ["--quick", "--out", str(tmp_path)]) for name in ("sampling", "acting")]
+    assert asked == [(f"bench.{name}", ["--quick", "--out", str(tmp_path)]) for name in ("training", "sampling", "acting")]
     assert (tmp_path / "sampling_cpu.png").exists()
 
 
@@ -71,7 +89,8 @@ def test_nothing_is_timed_where_a_kernel_is_wrong(tmp_path, monkeypatch):
 
     monkeypatch.setattr(everything.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(everything.subprocess, "Popen", Tests)
-    monkeypatch.setattr(sampling, "main", lambda argv: pytest.fail("timed all the same"))
+    for module in (training, sampling):
+        monkeypatch.setattr(module, "main", lambda argv: pytest.fail("timed all the same"))
     with pytest.raises(SystemExit, match="twice and tf32- and small; twice and tf32- and large.*nothing was timed"):
         everything.main(["--out", str(tmp_path)])
 
@@ -79,8 +98,11 @@ def test_nothing_is_timed_where_a_kernel_is_wrong(tmp_path, monkeypatch):
 def test_each_of_the_kernels_tests_belongs_to_one_shard_and_no_shard_is_empty():
     command = [sys.executable, "-m", "pytest", "-q", "--collect-only", *everything.KERNEL_TESTS]
     collected = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
-    names = [line.split("::")[1] for line in collected.splitlines() if "::" in line]
-    belong = {shard: [n for n in names if all(word in n for word in shard.split(" and "))] for shard in everything.SHARDS[:-1]}
-    belong[everything.SHARDS[-1]] = [n for n in names if "twice" not in n]
+    names = [line for line in collected.splitlines() if "::" in line]
+
+    def takes(shard, name):
+        return all((word.removeprefix("not ") in name) != word.startswith("not ") for word in shard.split(" and "))
+
+    belong = {shard: [name for name in names if takes(shard, name)] for shard in everything.SHARDS}
     assert all(belong.values())
     assert sorted(sum(belong.values(), [])) == sorted(names)

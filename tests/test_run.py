@@ -338,6 +338,177 @@ def test_a_killed_run_continues_bit_for_bit(tmp_path, straight, no_pictures, mom
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Several seeds, and what makes the updates
+
+
+def by_seed(out) -> dict:
+    return {json.loads((run / "config.json").read_text())["config"]["seed"]: run for run in Path(out).iterdir()}
+
+
+def test_seeds_side_by_side_leave_the_runs_that_each_would_leave_alone(tmp_path, data, no_pictures, capsys):
+    assert dql.main([*TINY, "--data", data, "--out", str(tmp_path / "both"), "--seeds", "3", "1"]) == 0
+    printed = capsys.readouterr().out
+    runs = by_seed(tmp_path / "both")
+    assert list(sorted(runs)) == [1, 3] and "seeds 3 1" in printed
+    scores = [json.loads((runs[seed] / "selection.json").read_text())["last"]["score"] for seed in (3, 1)]
+    assert f"{np.mean(scores):.1f} ± {np.std(scores, ddof=1):.1f}" in printed.split("normalised scores")[1]
+    for seed, run in runs.items():
+        alone = train(data, tmp_path / f"alone{seed}", "--seed", str(seed))
+        assert_same_run(run, alone)
+        configs = [json.loads((r / "config.json").read_text())["config"] for r in (run, alone)]
+        assert all(configs[0][k] == configs[1][k] for k in configs[0].keys() - {"out"})
+
+
+def test_seeds_side_by_side_are_resumed_together_or_alone(tmp_path, data, no_pictures, monkeypatch, capsys):
+    options = [*TINY, "--data", data, "--seeds", "0", "1"]
+    assert dql.main([*options, "--out", str(tmp_path / "whole")]) == 0
+    for how in ("together", "alone"):
+        with monkeypatch.context() as patch:
+            interrupt = on_call(25, dql.DiffusionQL.update, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(dql.DiffusionQL, "update", lambda *args: interrupt(*args))
+            assert dql.main([*options, "--out", str(tmp_path / how)]) == 130
+        runs = by_seed(tmp_path / how)
+        assert f"--resume {runs[0]} {runs[1]}" in capsys.readouterr().out
+        for folders in [[runs[0], runs[1]]] if how == "together" else [[runs[1]], [runs[0]]]:
+            assert dql.main(["--resume", *map(str, folders)]) == 0
+        for seed, run in by_seed(tmp_path / "whole").items():
+            assert_same_run(runs[seed], run)
+
+
+def test_runs_that_do_not_belong_together_are_not_resumed_together(tmp_path, data, no_pictures, monkeypatch, capsys):
+    run = train(data, tmp_path / "run")
+    other = train(data, tmp_path / "other", "--seed", "1", "--eta", "0.1")
+    assert dql.main(["--resume", str(run), str(other)]) == 1
+    assert "another --eta" in capsys.readouterr().err
+    monkeypatch.setattr(dql, "SAVE_SECONDS", -1)
+    behind = train(data, tmp_path / "behind", "--seed", "2")
+    tensors = load_file(behind / "resume.safetensors")
+    run_folder.save_tensors(behind / "resume.safetensors", tensors | {"step": tensors["step"] - 5})
+    assert dql.main(["--resume", str(run), str(behind)]) == 1
+    assert "(15, 20): resume them one by one" in capsys.readouterr().err
+
+
+def test_a_diverged_seed_is_named(tmp_path, data, no_pictures, monkeypatch, capsys):
+    whole = dql.DiffusionQL.update
+
+    def diverging(agent, *batch):
+        metrics = whole(agent, *batch)
+        return metrics | ({"q_loss": metrics["q_loss"] * float("nan")} if agent.seed == 7 else {})
+
+    monkeypatch.setattr(dql.DiffusionQL, "update", diverging)
+    assert dql.main([*TINY, "--data", data, "--out", str(tmp_path), "--seeds", "5", "7"]) == 1
+    assert "seed 7: q_loss became nan" in capsys.readouterr().err
+
+
+FUSED = "--hidden-dim 128 --n-timesteps 2 --updates-per-epoch 1 --eval-every 2 --backend fused --precision fp16x3".split()
+
+
+@pytest.fixture
+def few_programs(monkeypatch):
+    """Triton's interpreter pays by the program."""
+    pytest.importorskip("triton", reason="triton has no package for this platform")
+    from reference import UPDATE_TILES
+
+    import kernels
+
+    if torch.cuda.is_available():
+        pytest.skip("a test of the interpreter's")
+    whole = kernels.FusedUpdate
+    monkeypatch.setattr(kernels, "FusedUpdate", lambda *args: whole(*args, **UPDATE_TILES))
+    return kernels
+
+
+def test_fused_runs_of_several_seeds_resume_bit_for_bit(tmp_path, data, no_pictures, monkeypatch, few_programs):
+    monkeypatch.setattr(dql, "SAVE_SECONDS", -1)
+    options = [*TINY, *FUSED, "--data", data, "--epochs", "2"]
+    assert dql.main([*options, "--seeds", "0", "1", "--out", str(tmp_path / "both")]) == 0
+    both = by_seed(tmp_path / "both")
+    with monkeypatch.context() as patch:
+        interrupt = on_call(2, dql.run_epoch, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(dql, "run_epoch", lambda *args: interrupt(*args))
+        assert dql.main([*options, "--seed", "1", "--out", str(tmp_path / "alone")]) == 130
+    assert dql.main(["--resume", str(the_run(tmp_path / "alone"))]) == 0
+    assert_same_run(the_run(tmp_path / "alone"), both[1])
+
+
+def tiny_agents(n=1):
+    return [dql.DiffusionQL(29, 8, hidden_dim=128, n_timesteps=2, seed=seed) for seed in range(n)]
+
+
+def transitions_of(data):
+    task = tasks.get(ENV)
+    dataset = tasks.load(task, data, log=lambda line: None)
+    return dql.load_transitions(dql.Config(), task, dataset, "cpu")
+
+
+def test_trying_the_fused_update_changes_nothing(data, few_programs):
+    agents = tiny_agents(2)
+    before = [{name: value.clone() for name, value in agent.state_dict().items()} for agent in agents]
+    dql.fuse_updates(agents, transitions_of(data), 8, "fp16")
+    for agent, state in zip(agents, before):
+        for name, value in agent.state_dict().items():
+            assert torch.equal(value, state[name]), name
+
+
+def test_a_fused_update_that_is_wrong_is_refused(data, few_programs, monkeypatch):
+    adam = few_programs.FusedUpdate(tiny_agents(), None, 8).__class__._weight_gradients
+
+    def wrong(update, trained, *args):
+        adam(update, trained, *args)
+        update.norms.mul_(1.3)
+
+    monkeypatch.setattr(few_programs.update.FusedUpdate, "_weight_gradients", wrong)
+    with pytest.raises(ValueError, match="the kernels' actor_grad_norm is"):
+        dql.fuse_updates(tiny_agents(), transitions_of(data), 8, "fp16")
+
+
+def test_auto_takes_the_next_slower_backend_with_a_line_that_says_why(monkeypatch, capsys):
+    class OnGPU:
+        device = torch.device("cuda")
+
+    def make(backend, *_):
+        if backend != "eager":
+            raise ValueError(f"{backend} is broken\nand here is why at length")
+        return backend
+
+    monkeypatch.setattr(dql, "make_updates", make)
+    assert dql.choose_updates(dql.Config(), [OnGPU()], None) == "eager"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["updates will not be fused: fused is broken", "updates will not be graph: graph is broken"]
+    for backend in ("fused", "compile"):
+        with pytest.raises(dql.UserError, match=f"--backend {backend} cannot be had: {backend} is broken$"):
+            dql.choose_updates(dql.Config(backend=backend), [OnGPU()], None)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_backends_that_this_machine_cannot_have_are_refused_by_name(tmp_path, data, capsys, monkeypatch):
+    pytest.importorskip("triton", reason="triton has no package for this platform")
+    import kernels
+
+    arguments = [*TINY, "--data", data, "--out", str(tmp_path)]
+    assert dql.main([*arguments, "--backend", "graph"]) == 1
+    assert "--backend graph cannot be had: CUDA graphs need a CUDA GPU" in capsys.readouterr().err
+    assert dql.main([*arguments, "--backend", "fused"]) == 1
+    assert "--backend fused cannot be had: hidden_dim 16 is not one of" in capsys.readouterr().err
+    monkeypatch.setattr(kernels, "why_not", lambda: "no CUDA GPU was found")
+    assert dql.main([*arguments, "--backend", "fused"]) == 1
+    assert "--backend fused cannot be had: no CUDA GPU" in capsys.readouterr().err
+    monkeypatch.setattr(dql.shutil, "which", lambda name: None)
+    assert dql.main([*arguments, "--backend", "compile"]) == 1
+    assert "--backend compile cannot be had: it needs a C++ compiler" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(dql.shutil.which("c++") is None, reason="there is no C++ compiler")
+def test_compiled_updates_are_the_eager_ones(data):
+    agents = [dql.DiffusionQL(29, 8, hidden_dim=16, n_timesteps=1, algo="bc") for _ in range(2)]
+    for agent, backend in zip(agents, ("eager", "compile")):
+        updates = dql.make_updates(backend, dql.Config(batch_size=8), [agent], transitions_of(data))
+        means = updates.run(2)
+    assert int(agents[1].step) == 2 and set(means[0]) == {"bc_loss", "q_loss", "actor_loss", "actor_grad_norm"}
+    torch.testing.assert_close(agents[1].policy_vector, agents[0].policy_vector, rtol=1e-4, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Evaluating a run
 
 
