@@ -268,16 +268,16 @@ def climb(
 
 @triton.jit
 def _product(
-    du, du_stride, o, v, v_stride, i, i_end, first, last,
+    du, du_stride, o, v, v_stride, i, i_end, FIRST: tl.constexpr, LAST: tl.constexpr,
     BLOCK: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Σ du[r, o]·v[r, i] over the rows first to last, (len(o), len(i)), and Σ du[r, o]. ACTIVATION: of mish(v)."""
+    """Σ du[r, o]·v[r, i] over the rows FIRST to LAST, (len(o), len(i)), and Σ du[r, o]. ACTIVATION: of mish(v)."""
     total = o[:, None] * 0.0 + i[None, :] * 0.0
     sums = o * 0.0
-    for start in tl.range(first, last, BLOCK, num_stages=STAGES):
+    for start in tl.range(FIRST, LAST, BLOCK, num_stages=STAGES):
         r = start + tl.arange(0, BLOCK)
-        d = tl.load(du + r[None, :] * du_stride + o[:, None], mask=(r < last)[None, :], other=0.0)
-        x = tl.load(v + r[:, None] * v_stride + i[None, :], mask=(r < last)[:, None] & (i < i_end)[None, :], other=0.0)
+        d = tl.load(du + r[None, :] * du_stride + o[:, None], mask=(r < LAST)[None, :], other=0.0)
+        x = tl.load(v + r[:, None] * v_stride + i[None, :], mask=(r < LAST)[:, None] & (i < i_end)[None, :], other=0.0)
         if ACTIVATION:
             x = mish(x, PTX)
         sums += tl.sum(d, 1)
@@ -303,8 +303,8 @@ def _product(
 
 @triton.jit
 def _layer(
-    du, du_stride, v, v_stride, v_width, gradient, table, tile, n_tiles_in, n_out, cloned, climbed, B, n_rows, norms,
-    COLUMNS: tl.constexpr, STATE_AT: tl.constexpr, ACTION_AT: tl.constexpr, STATE_DIM: tl.constexpr, ACTION_DIM: tl.constexpr,
+    du, du_stride, v, v_stride, v_width, gradient, table, tile, n_tiles_in, n_out, cloned, climbed, norms,
+    B: tl.constexpr, N_ROWS: tl.constexpr, COLUMNS: tl.constexpr, STATE_AT: tl.constexpr, ACTION_AT: tl.constexpr, STATE_DIM: tl.constexpr, ACTION_DIM: tl.constexpr,
     S: tl.constexpr, A: tl.constexpr, H: tl.constexpr, T: tl.constexpr, FIRST: tl.constexpr, CLIMBS: tl.constexpr,
     FACTOR: tl.constexpr, BIAS_FACTOR: tl.constexpr,
     OUT_TILE: tl.constexpr, IN_TILE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -319,7 +319,7 @@ def _layer(
     total, sums = total * cloned, sums * cloned
     if CLIMBS:
         more, more_sums = _product(
-            du, du_stride, o, v, v_stride, i, v_width, B, n_rows, BLOCK, not FIRST, PRECISION, STAGES, PTX
+            du, du_stride, o, v, v_stride, i, v_width, B, N_ROWS, BLOCK, not FIRST, PRECISION, STAGES, PTX
         )
         total, sums = total + more * climbed, sums + more_sums * climbed
     total, sums = total * FACTOR, sums * BIAS_FACTOR
@@ -342,8 +342,8 @@ def _layer(
 
 @triton.jit
 def weight_gradients(
-    inputs, saved, du, dy, gradient, table, norms, values, B, n_rows, eta, cloned,
-    BASE: tl.constexpr, SIZE: tl.constexpr, NETWORKS: tl.constexpr, COLUMNS: tl.constexpr, STATE_AT: tl.constexpr,
+    inputs, saved, du, dy, gradient, table, norms, values, eta, cloned,
+    B: tl.constexpr, N_ROWS: tl.constexpr, BASE: tl.constexpr, SIZE: tl.constexpr, NETWORKS: tl.constexpr, COLUMNS: tl.constexpr, STATE_AT: tl.constexpr,
     ACTION_AT: tl.constexpr, STATE_DIM: tl.constexpr, ACTION_DIM: tl.constexpr, N_OUT: tl.constexpr, OUT: tl.constexpr,
     S: tl.constexpr, A: tl.constexpr, H: tl.constexpr, T: tl.constexpr, CLIMBS: tl.constexpr, TILES: tl.constexpr,
     TILES_PADDED: tl.constexpr, NORMS: tl.constexpr, OUT_TILE: tl.constexpr, IN_TILE: tl.constexpr, BLOCK: tl.constexpr,
@@ -358,8 +358,8 @@ def weight_gradients(
     pid, network_, agent = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     wide = agent.to(tl.int64)
     INPUTS: tl.constexpr = S + A + (T + 15) // 16 * 16
-    own = (wide * NETWORKS + network_) * n_rows
-    inputs += wide * n_rows * INPUTS
+    own = (wide * NETWORKS + network_) * N_ROWS
+    inputs += wide * N_ROWS * INPUTS
     saved, du, dy = saved + own * 3 * H, du + own * 3 * H, dy + own * OUT
     gradient += wide * (BASE + NETWORKS * SIZE) + BASE + network_ * SIZE
     table += agent * T * H
@@ -377,23 +377,23 @@ def weight_gradients(
     SECOND: tl.constexpr = H * COLUMNS + H
     if pid < FIRST_TILES:
         _layer(
-            du, 3 * H, inputs, INPUTS, INPUTS, gradient, table, pid, FIRST_IN, H, cloned, climbed, B, n_rows, norms,
-            COLUMNS, STATE_AT, ACTION_AT, STATE_DIM, ACTION_DIM, S, A, H, T, True, CLIMBS, LOG2E, LOG2E,
+            du, 3 * H, inputs, INPUTS, INPUTS, gradient, table, pid, FIRST_IN, H, cloned, climbed, norms,
+            B, N_ROWS, COLUMNS, STATE_AT, ACTION_AT, STATE_DIM, ACTION_DIM, S, A, H, T, True, CLIMBS, LOG2E, LOG2E,
             OUT_TILE, IN_TILE, BLOCK, PRECISION, STAGES, PTX,
         )  # fmt: skip
     elif pid < FIRST_TILES + 2 * HIDDEN_TILES:
         third = (pid - FIRST_TILES) // HIDDEN_TILES
         _layer(
             du + (1 + third) * H, 3 * H, saved + third * H, 3 * H, H, gradient + SECOND + third * (H * H + H), table,
-            (pid - FIRST_TILES) % HIDDEN_TILES, IN_TILES, H, cloned, climbed, B, n_rows, norms,
-            H, STATE_AT, ACTION_AT, STATE_DIM, ACTION_DIM, S, A, H, T, False, CLIMBS, 1.0, LOG2E,
+            (pid - FIRST_TILES) % HIDDEN_TILES, IN_TILES, H, cloned, climbed, norms,
+            B, N_ROWS, H, STATE_AT, ACTION_AT, STATE_DIM, ACTION_DIM, S, A, H, T, False, CLIMBS, 1.0, LOG2E,
             OUT_TILE, IN_TILE, BLOCK, PRECISION, STAGES, PTX,
         )  # fmt: skip
     else:
         _layer(
             dy, OUT, saved + 2 * H, 3 * H, H, gradient + SECOND + 2 * (H * H + H), table,
-            pid - FIRST_TILES - 2 * HIDDEN_TILES, IN_TILES, N_OUT, cloned, climbed, B, n_rows, norms,
-            H, STATE_AT, ACTION_AT, STATE_DIM, ACTION_DIM, S, A, H, T, False, CLIMBS, 1.0 / LOG2E, 1.0,
+            pid - FIRST_TILES - 2 * HIDDEN_TILES, IN_TILES, N_OUT, cloned, climbed, norms,
+            B, N_ROWS, H, STATE_AT, ACTION_AT, STATE_DIM, ACTION_DIM, S, A, H, T, False, CLIMBS, 1.0 / LOG2E, 1.0,
             OUT, IN_TILE, BLOCK, PRECISION, STAGES, PTX,
         )  # fmt: skip
 

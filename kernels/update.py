@@ -8,6 +8,7 @@ everybody else, an agent's flat vectors, of which its modules' parameters are vi
 the live values. With several agents those vectors move to the rows of one matrix.
 """
 
+import itertools
 import math
 
 import torch
@@ -19,7 +20,7 @@ from .tiles import ProductTile, Tile, choose_product_tile, choose_update_tile
 
 MAX_BATCH = 4096
 PER_REPLAY = 100  # updates that a graph holds
-ADAM_BLOCK = 1024
+ADAM_BLOCK, TIME_CHUNK = 1024, 32  # parameters, hidden units a program takes at a time
 # What all agents of an update share; seeds may differ.
 SHARED = (
     "algo discount tau eta grad_norm lr critic_lr lr_decay_every lr_decay_steps ema_decay ema_start ema_every n_target_samples"
@@ -28,6 +29,11 @@ SHARED = (
 
 def _padded(n: int) -> int:
     return triton.next_power_of_2(n)
+
+
+def _input_columns(S: int, A: int, T: int = 0) -> int:
+    """How wide ops.store_inputs() makes a row: state, action, and for the policy the timestep, one-hot."""
+    return S + A + 16 * triton.cdiv(T, 16)
 
 
 class _Trained:
@@ -64,11 +70,9 @@ class _Trained:
     def _destinations(self):
         """Where each parameter goes in the packed copies, and times what, as training.adam's place and factor."""
         packed, H = self.packed, self.packed.hidden_dim
-        starts, n = {}, 0
-        for p in self.module.parameters():
-            starts[p] = n
-            n += p.numel()
-        place, factor = torch.full((n,), -1, dtype=torch.int32), torch.zeros(n)
+        sizes = [p.numel() for p in self.module.parameters()]
+        starts = dict(zip(self.module.parameters(), itertools.accumulate(sizes, initial=0)))
+        place, factor = torch.full((self.size,), -1, dtype=torch.int32), torch.zeros(self.size)
         block, width = packed.weights.shape[1], packed.bias.shape[1]
 
         def put(p, where, times):
@@ -76,17 +80,13 @@ class _Trained:
             place[here], factor[here] = where.reshape(-1).int(), times / packed.scale
 
         for k, layers in enumerate(self.networks):
-            first, *hidden, last = packed.matrices(torch.arange(block) + k * block)[1:]
-            state = packed.matrices(torch.arange(block) + k * block)[0]
-            columns = torch.full(layers[0].weight.shape, -1)
-            for positions, at, n_columns in (
-                (state, self.first_columns["STATE_AT"], packed.state_dim),
-                (first, self.first_columns["ACTION_AT"], packed.action_dim),
-            ):
-                columns[:, at : at + n_columns] = positions[:, :n_columns]
-            put(layers[0].weight, columns, LOG2E)
-            for layer, positions in zip(layers[1:3], hidden):
-                put(layer.weight, positions, 1.0)
+            state, action, second, third, last = packed.matrices(torch.arange(block) + k * block)
+            first = torch.full(layers[0].weight.shape, -1)
+            for columns, at, n in ((state, "STATE_AT", packed.state_dim), (action, "ACTION_AT", packed.action_dim)):
+                first[:, self.first_columns[at] :][:, :n] = columns[:, :n]
+            put(layers[0].weight, first, LOG2E)
+            put(layers[1].weight, second, 1.0)
+            put(layers[2].weight, third, 1.0)
             put(layers[3].weight, last[: packed.n_out], 1 / LOG2E)
             if packed.biases == 1:  # otherwise there is one for each timestep, which training.finish packs
                 for i, layer in enumerate(layers):
@@ -135,7 +135,7 @@ class FusedUpdate:
         require(len(shapes) == 1, "agents that learn together must have networks of the same sizes")
         chains = {(a.policy.n_timesteps, a.policy.schedule, a.policy.max_action) for a in agents}
         require(len(chains) == 1, "agents that learn together must share n_timesteps, schedule and max_action")
-        self.agent, self.device, self.batch_size = agent, agent.device, batch_size
+        self.agent, self.device, self.batch_size = agent, agent.policy_vector.device, batch_size
         self.arch = architecture(self.device)
         require(self.device.type == "cuda" or interpreting(), "kernels need a CUDA GPU, or TRITON_INTERPRET=1 for the interpreter")
         self.learns_q = agent.algo == "ql"
@@ -161,10 +161,9 @@ class FusedUpdate:
         T, H = policy.n_timesteps, policy.mid_layer[0].out_features
         S, A = packing.padded(policy.state_dim), packing.padded(policy.action_dim)
         R, N = (T + 1) * B, self.agent.n_target_samples
-        width = S + A + -(-T // 16) * 16
         return {
-            "inputs": (n, R, width), "saved": (n, R, 3 * H), "du": (n, R, 3 * H), "dy": (n, R, A), "epsilons": (n, R, A),
-            "actions": (n, B, A), "target_values": (n, 2, N * B), "q_inputs": (n, B, S + A), "q_saved": (n, 2, B, 3 * H),
+            "inputs": (n, R, _input_columns(S, A, T)), "saved": (n, R, 3 * H), "du": (n, R, 3 * H), "dy": (n, R, A), "epsilons": (n, R, A),
+            "actions": (n, B, A), "target_values": (n, 2, N * B), "q_inputs": (n, B, _input_columns(S, A)), "q_saved": (n, 2, B, 3 * H),
             "q_du": (n, 2, B, 3 * H), "q_dy": (n, 2, B, 16), "table": (n, T, H),
         }  # fmt: skip
 
@@ -223,7 +222,7 @@ class FusedUpdate:
     def _product_programs(self, packed) -> int:
         """How many tiles the four weight gradients of a network have."""
         H, out_tile, in_tile = packed.hidden_dim, self.product_tile.outputs, self.product_tile.inputs
-        width = packed.S + packed.A + (-(-packed.n_timesteps // 16) * 16 if packed.KIND == "policy" else 0)
+        width = _input_columns(packed.S, packed.A, packed.n_timesteps if packed.KIND == "policy" else 0)
         first, hidden = H // out_tile * triton.cdiv(width, in_tile), (H // out_tile) * (H // in_tile)
         return first + 2 * hidden + H // in_tile
 
@@ -290,9 +289,9 @@ class FusedUpdate:
         climbs = is_policy and self.learns_q
         base = trained.size - p.NETWORKS * sum(x.numel() for layer in trained.networks[0] for x in layer.parameters())
         training.weight_gradients[(self._product_programs(p), p.NETWORKS, len(self.agents))](
-            inputs, saved, du, dy, trained.gradient, self.table, norms, self.values, self.batch_size, n_rows, self.agent.eta, cloned,
-            BASE=base, SIZE=(trained.size - base) // p.NETWORKS, NETWORKS=p.NETWORKS, COLUMNS=trained.columns,
-            **trained.first_columns, STATE_DIM=p.state_dim, ACTION_DIM=p.action_dim, N_OUT=p.n_out, OUT=p.OUT, S=p.S, A=p.A,
+            inputs, saved, du, dy, trained.gradient, self.table, norms, self.values, self.agent.eta, cloned,
+            B=self.batch_size, N_ROWS=n_rows, BASE=base, SIZE=(trained.size - base) // p.NETWORKS, NETWORKS=p.NETWORKS,
+            COLUMNS=trained.columns, **trained.first_columns, STATE_DIM=p.state_dim, ACTION_DIM=p.action_dim, N_OUT=p.n_out, OUT=p.OUT, S=p.S, A=p.A,
             H=p.hidden_dim, T=p.n_timesteps if is_policy else 0, CLIMBS=climbs, TILES=self.n_tiles,
             TILES_PADDED=_padded(self.n_tiles), NORMS=norms.shape[1], OUT_TILE=tile.outputs, IN_TILE=tile.inputs, BLOCK=tile.rows,
             PRECISION=self.precision, STAGES=tile.stages, PTX=self.PTX, num_warps=tile.warps,
@@ -301,23 +300,23 @@ class FusedUpdate:
     def _adam(self, trained, norms, rates, rate, start, every):
         p, (beta_1, beta_2) = trained.packed, trained.betas
         copies = 2 * len(self.agents)
-        training.adam[(triton.cdiv(trained.size, ADAM_BLOCK if self.PTX else 1 << 16), len(self.agents))](
+        block = ADAM_BLOCK if self.PTX else 1 << 16  # the interpreter pays by the program
+        training.adam[(triton.cdiv(trained.size, block), len(self.agents))](
             trained.parameters, trained.gradient, trained.momentum, trained.variance, trained.average, trained.place, trained.factor,
             p.weights, p.low, p.bias, norms, self.steps, trained.adam_steps, rates, self.agent.lr_decay_every or 1,
             self.agent.grad_norm, rate, start, every,
             SIZE=trained.size, NORMS=norms.shape[1], NORMS_PADDED=_padded(norms.shape[1]), RATES=len(rates) - 1,
             CLIPS=self.agent.grad_norm > 0, BETA_1=beta_1, BETA_2=beta_2, LOG_BETA_1=math.log(beta_1),
             LOG_BETA_2=math.log(beta_2), EPS=trained.eps, WEIGHTS=p.weights.numel() // copies, BIASES=p.bias.numel() // copies,
-            SPLIT=self.precision == "fp16x3", BLOCK=ADAM_BLOCK if self.PTX else 1 << 16,
+            SPLIT=self.precision == "fp16x3", BLOCK=block,
         )  # fmt: skip
 
     def _time_sizes(self) -> dict:
         p = self.policy
         T, D = p.packed.n_timesteps, self.time_dim
-        chunk = 32 if self.PTX else p.packed.hidden_dim
         return dict(
             SIZE=p.size, COLUMNS=p.columns, TIME_AT=p.packed.action_dim, H=p.packed.hidden_dim, T=T, T_PADDED=max(16, _padded(T)),
-            D=D, CHUNK=chunk,
+            D=D, CHUNK=TIME_CHUNK if self.PTX else p.packed.hidden_dim,
         )  # fmt: skip
 
     def _finish(self, counts: bool):
@@ -382,6 +381,11 @@ class FusedUpdate:
         return self._metrics(1)
 
     def _freshen(self) -> None:
+        """Pack again what was changed elsewhere. Raises UnsupportedError where the agents' vectors are no longer those trained here."""
+        for trained, name in ((self.policy, "policy_vector"), (self.critic, "critic_vector")):
+            for agent, own in zip(self.agents, trained.parameters):
+                mine = getattr(agent, name).data_ptr() == own.data_ptr()
+                require(mine, "another FusedUpdate has taken over this agent: make a new one, or go on with that")
         if self.policy.packed.stale() or self.critic.packed.stale():
             self.refresh()
 

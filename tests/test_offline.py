@@ -19,7 +19,12 @@ CASES = [
     *(f"actor {size} 256 {precision}" for size in ("small", "large") for precision in PRECISIONS),
     *(f"sampler {size} 256 fp16" for size in ("small", "large")),
     *(f"actor {size} {hidden} fp16" for size in ("small", "large") for hidden in (128, 512)),
+    # The critics' weight gradients and Adam are the policy's kernels with other constants.
+    *(f"update {kernel} 256 fp16" for kernel in ("sample", "fit", "climb", "weight_gradients policy")),
+    *(f"update {kernel} 256 fp16" for kernel in ("time_gradient", "adam policy", "finish")),
+    *(f"update climb 256 {precision}" for precision in ("tf32", "fp16x3", "fp32")),
 ]
+NO_PRODUCTS = ("time_gradient", "adam", "finish")  # or small ones in float32
 # Words spilled at most, loads and stores together, 0 where nothing stands here: what Triton 3.6.0 or 3.8.0 did, whichever spilled more.
 SPILLED = {
     (80, "actor small 256 fp16"): 20,
@@ -60,12 +65,14 @@ def compiled():
 @pytest.mark.parametrize("arch", SHARED)
 def test_a_kernel_fits_the_chip_spills_no_more_than_known_and_uses_its_matrix_units(compiled, arch, case):
     found = compiled[arch, case]
-    assert found["instructions"] > 1000, "compiled to a trap"
+    assert found["instructions"] > 700, "compiled to a trap"
     if found["UTCHMMA"] == 0:  # what allocates the tensor memory of sm_100 brings a check that traps
         assert found["BPT"] == 0
     assert found["shared"] <= SHARED[arch]
     assert found["LDL"] + found["STL"] <= SPILLED.get((arch, case), 0)
-    if case.endswith("fp32"):
+    if any(name in case for name in NO_PRODUCTS):
+        assert found["HGMMA"] + found["UTCHMMA"] + found["HMMA"] == 0
+    elif case.endswith("fp32"):
         assert found["FFMA"] > 1000 and found["HGMMA"] + found["UTCHMMA"] + found["HMMA"] == 0
     elif arch == 90:
         assert found["HGMMA"] > 0

@@ -488,6 +488,14 @@ def test_agents_that_differ_in_more_than_their_seeds_are_refused():
         FusedUpdate([], None, 8)
 
 
+def test_an_agent_that_another_update_has_taken_over_is_refused_not_trained_in_dead_memory():
+    agent = make_agent()
+    first = FusedUpdate(agent, make_transitions(agent), 8)
+    FusedUpdate(agent, make_transitions(agent), 8)
+    with pytest.raises(UnsupportedError, match="another FusedUpdate has taken over"):
+        first.run(1)
+
+
 def test_batches_and_data_of_other_shapes_are_refused():
     agent = make_agent()
     with pytest.raises(UnsupportedError, match="action is"):
