@@ -1,13 +1,15 @@
-"""Everything that a new device should be asked, in one command: correctness first, then all timings, then the picture.
+"""Everything that a new device should be asked, in one command: correctness first, then all timings, the pictures, a whole run.
 
-    python -m bench.all              # laid out for eight minutes on a GPU, where it has not been run yet
-    python -m bench.all --quick      # fewer sizes, and not the paper's whole run
+    python -m bench.all                      # on a GPU, where it has not been run yet, perhaps ten minutes with 16 cores
+    python -m bench.all --quick              # fewer sizes, and not the whole run
+    python -m bench.all --parts tests        # or timings, or run: where a command may not take that long
 
-On a GPU the kernels' tests run first, on the hardware, those marked gpu included; where one fails nothing is timed. Figures go
-to bench/results (--out), as each benchmark says.
+On a GPU the kernels' tests run first, on the hardware, those marked gpu included; where one fails nothing is timed. The run is
+the paper's whole antmaze-umaze run on generated data. Figures go to bench/results (--out), as each benchmark says.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -17,49 +19,58 @@ import torch
 
 from bench import acting, plot, sampling, training
 from bench.timing import RESULTS
-from kernels.packing import PRECISIONS
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNEL_TESTS = [str(ROOT / "tests" / name) for name in ("test_sampler.py", "test_actor.py", "test_graphs.py", "test_update.py")]
-# Each accuracy test compiles a kernel for seconds, on one core: they run side by side, the others in a process of their own.
-SHARDS = [f"twice and {precision}- and {tile}" for precision in PRECISIONS for tile in ("small", "large")]
-SHARDS += [f"test_update and twice and {precision}" for precision in ("tf32", "fp16", "fp32")]
-SHARDS += ["not twice and not test_update", "test_update and not twice"]
+KERNEL_TESTS = [str(ROOT / "tests" / f"test_{name}.py") for name in ("sampler", "actor", "graphs", "update")]
+PYTEST = [sys.executable, "-m", "pytest", "-q"]
 
 
-def test_kernels() -> None:
-    """The kernels' tests on this GPU. Raises SystemExit if one fails, or if a shard has lost its tests."""
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", *KERNEL_TESTS, "-k"]
-    shards = [subprocess.Popen([*command, shard], cwd=ROOT, stdout=subprocess.PIPE, text=True) for shard in SHARDS]
-    broken = []
-    for name, process in zip(SHARDS, shards):
-        output = process.communicate()[0]
-        print(f"{name:28s}{output.strip().splitlines()[-1]}" if process.returncode == 0 else output, flush=True)
-        broken += [name] if process.returncode else []
+def kernel_tests() -> list[str]:
+    """The names of the kernels' tests, as pytest takes them."""
+    collected = subprocess.run([*PYTEST, "--collect-only", *KERNEL_TESTS], cwd=ROOT, capture_output=True, text=True)
+    if collected.returncode:
+        raise SystemExit(f"the kernels' tests cannot be collected:\n{collected.stdout}{collected.stderr}")
+    return [line for line in collected.stdout.splitlines() if "::" in line]
+
+
+def test_kernels(n_processes: int = os.cpu_count()) -> None:
+    """The kernels' tests on this GPU. Raises SystemExit if one fails.
+
+    Most of their time is a compiler's, on one core: they are dealt out to as many processes as there are cores.
+    """
+    names = kernel_tests()
+    hands = [names[i::n_processes] for i in range(min(n_processes, len(names)))]
+    processes = [subprocess.Popen([*PYTEST, "-rs", *hand], cwd=ROOT, stdout=subprocess.PIPE, text=True) for hand in hands]
+    outputs = [process.communicate()[0] for process in processes]
+    broken = [output for process, output in zip(processes, outputs) if process.returncode]
     if broken:
-        raise SystemExit(f"a kernel is wrong on this GPU, see above ({'; '.join(broken)}): nothing was timed")
+        print("\n".join(broken))
+        raise SystemExit(f"a kernel is wrong on this GPU, see above ({len(broken)} of {len(hands)} processes): nothing was timed")
+    print(f"{len(names)} tests passed or had a reason to be skipped")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer sizes")
+    parser.add_argument("--quick", action="store_true", help="fewer sizes, and not the whole run")
+    parser.add_argument("--parts", nargs="+", choices=("tests", "timings", "run"), default=["tests", "timings", "run"])
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args(argv)
-    start = time.perf_counter()
+    start, on_gpu = time.perf_counter(), torch.cuda.is_available()
 
     def say(what):
         print(f"== {time.perf_counter() - start:4.0f} s: {what}", flush=True)
 
-    if torch.cuda.is_available():
+    if on_gpu and "tests" in options.parts:
         say("the kernels' tests, on this GPU")
         test_kernels()
-    arguments = [*(["--quick"] if options.quick else []), "--out", str(options.out)]
-    for bench in (training, sampling, acting):
-        say(bench.__name__)
-        bench.main(arguments)
-    say("the picture")
-    plot.main(["--results", str(options.out)])
-    if torch.cuda.is_available() and not options.quick:
+    if "timings" in options.parts:
+        arguments = [*(["--quick"] if options.quick else []), "--out", str(options.out)]
+        for bench in (training, sampling, acting):
+            say(bench.__name__)
+            bench.main(arguments)
+        say("the pictures")
+        plot.main(["--results", str(options.out)])
+    if on_gpu and "run" in options.parts and not options.quick:
         say("the paper's whole antmaze-umaze run, after its data are generated")
         training.main(["--full-run", "--out", str(options.out)])
     say("done")

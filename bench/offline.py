@@ -15,6 +15,7 @@ import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
+from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 from unittest.mock import patch
@@ -74,7 +75,8 @@ BATCHES = {"small": 1, "large": 1 << 20}  # rows, or states, that get the one ti
 
 
 def cases(arch: int, hidden_dims=HIDDEN_DIMS) -> dict:
-    """name -> (kernel, signature, constants, options) of every tile, width and precision that sm_{arch} gets at antmaze's sizes."""
+    """name -> a function that gives (kernel, signature, constants, options), for every tile, width and precision that sm_{arch} gets
+    at antmaze's sizes."""
     found = {}
     for size, n in BATCHES.items():
         for H in hidden_dims:
@@ -98,15 +100,12 @@ def cases(arch: int, hidden_dims=HIDDEN_DIMS) -> dict:
                     }
                     if name == "sampler":
                         constants["per_state"] = 1
-                    found[f"{name} {size} {H} {precision}"] = kernel, signature, constants, {"num_warps": tile.warps}
+                    case = kernel, signature, constants, {"num_warps": tile.warps}
+                    found[f"{name} {size} {H} {precision}"] = lambda case=case: case
     for H in hidden_dims:
         for precision in PRECISIONS:
-            counts = {}
-            for kernel, *rest in update_launches(precision, H):
-                name = kernel.fn.__name__
-                counts[name] = counts.get(name, 0) + 1
-                of = {"weight_gradients": (" critic", " policy"), "adam": (" critic", " policy")}.get(name, ("",))[counts[name] - 1]
-                found[f"update {name}{of} {H} {precision}"] = kernel, *rest
+            for i, name in enumerate(LAUNCHES):
+                found[f"update {name} {H} {precision}"] = lambda i=i, of=(precision, H): update_launches(*of)[i]
     return found
 
 
@@ -120,18 +119,27 @@ class Recorder:
         return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
 
 
-def update_launches(precision: str, hidden_dim: int = 256, **agent) -> list:
-    """(kernel, signature, constants, options) of everything that FusedUpdate launches for antmaze's sizes, in this order."""
-    launches, names = [], ("sample", "fit", "weight_gradients", "adam", "climb", "time_gradient", "finish")
+# FusedUpdate's launches, in their order.
+LAUNCHES = (
+    "sample", "fit", "weight_gradients critic", "adam critic", "climb", "weight_gradients policy", "time_gradient", "adam policy",
+    "finish",
+)  # fmt: skip
+
+
+@lru_cache
+def update_launches(precision: str, hidden_dim: int) -> list:
+    """(kernel, signature, constants, options) of each of LAUNCHES for antmaze's sizes."""
+    launches = []
     with ExitStack() as patches:
-        for name in names:
+        for name in {name.split()[0] for name in LAUNCHES}:
             patches.enter_context(patch.object(training, name, Recorder(getattr(training, name), launches)))
         patches.enter_context(patch.object(update, "interpreting", lambda: True))  # so that it takes tensors of a CPU
-        fused = update.FusedUpdate(DiffusionQL(29, 8, hidden_dim=hidden_dim, **agent), None, 256, precision)
+        fused = update.FusedUpdate(DiffusionQL(29, 8, hidden_dim=hidden_dim), None, 256, precision)
         fused.PTX = True
         fused.columns = [torch.zeros(1000, 1)] * 5
         launches.clear()
         fused._launch()
+    assert [kernel.fn.__name__ for kernel, *_ in launches] == [name.split()[0] for name in LAUNCHES]
     found = []
     for kernel, args, kwargs in launches:
         options = {"num_warps": kwargs.pop("num_warps", 4)}
@@ -146,7 +154,7 @@ def update_launches(precision: str, hidden_dim: int = 256, **agent) -> list:
 
 
 def compile_case(arch: int, name: str) -> dict:
-    kernel, signature, constants, how = cases(arch)[name]
+    kernel, signature, constants, how = cases(arch)[name]()
     return {"case": name, **compile_for(arch, kernel, signature, constants, **how)}
 
 

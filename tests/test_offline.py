@@ -74,7 +74,7 @@ def test_a_kernel_fits_the_chip_spills_no_more_than_known_and_uses_its_matrix_un
         assert found["HGMMA"] + found["UTCHMMA"] + found["HMMA"] == 0
     elif case.endswith("fp32"):
         assert found["FFMA"] > 1000 and found["HGMMA"] + found["UTCHMMA"] + found["HMMA"] == 0
-    elif arch == 90:
+    elif arch == 90 and "weight_gradients" not in case:  # whose tiles of 32 outputs are too low for a warp group
         assert found["HGMMA"] > 0
     else:
         assert found["UTCHMMA"] + found["HMMA"] > 0

@@ -1,11 +1,8 @@
 """The picture of the benchmarks, and the command that makes them all."""
 
 import json
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT
 from matplotlib.image import imread
 
 from bench import acting, plot, sampling, training
@@ -79,30 +76,39 @@ def test_all_measures_everything_and_draws_it(tmp_path, monkeypatch):
     assert (tmp_path / "sampling_cpu.png").exists()
 
 
-def test_nothing_is_timed_where_a_kernel_is_wrong(tmp_path, monkeypatch):
+@pytest.mark.parametrize("wrong", [False, True])
+def test_nothing_is_timed_where_a_kernel_is_wrong(tmp_path, monkeypatch, wrong):
+    names, dealt, timed = [f"tests/test_x.py::test_{i}" for i in range(7)], [], []
+
     class Tests:
         def __init__(self, command, **_):
-            self.returncode = int("tf32-" in command[-1])
+            dealt.append([name for name in command if "::" in name])
+            self.returncode = int(wrong and names[3] in command)
 
         def communicate(self):
             return "1 failed" if self.returncode else "1 passed", None
 
+    monkeypatch.setattr(everything, "kernel_tests", lambda: names)
     monkeypatch.setattr(everything.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(everything.subprocess, "Popen", Tests)
-    for module in (training, sampling):
-        monkeypatch.setattr(module, "main", lambda argv: pytest.fail("timed all the same"))
-    with pytest.raises(SystemExit, match="twice and tf32- and small; twice and tf32- and large.*nothing was timed"):
+    monkeypatch.setattr(plot, "main", lambda argv: None)
+    for module in (training, sampling, acting):
+        monkeypatch.setattr(module, "main", lambda argv, name=module.__name__: timed.append((name, argv)))
+    if wrong:
+        with pytest.raises(SystemExit, match="nothing was timed"):
+            everything.main(["--out", str(tmp_path)])
+        assert timed == []
+    else:
         everything.main(["--out", str(tmp_path)])
+        assert [name for name, _ in timed] == ["bench.training", "bench.sampling", "bench.acting", "bench.training"]
+        assert "--full-run" in timed[-1][1]
+        everything.main(["--parts", "run", "--out", str(tmp_path)])
+        assert len(timed) == 5
+    assert sorted(sum(dealt, [])) == names
 
 
-def test_each_of_the_kernels_tests_belongs_to_one_shard_and_no_shard_is_empty():
-    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", *everything.KERNEL_TESTS]
-    collected = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
-    names = [line for line in collected.splitlines() if "::" in line]
-
-    def takes(shard, name):
-        return all((word.removeprefix("not ") in name) != word.startswith("not ") for word in shard.split(" and "))
-
-    belong = {shard: [name for name in names if takes(shard, name)] for shard in everything.SHARDS}
-    assert all(belong.values())
-    assert sorted(sum(belong.values(), [])) == sorted(names)
+def test_all_of_the_kernels_tests_are_found():
+    names = everything.kernel_tests()
+    assert len(names) == len(set(names)) > 200
+    for file in everything.KERNEL_TESTS:
+        assert any(name.startswith(f"tests/{file.rpartition('/')[2]}::") for name in names)
