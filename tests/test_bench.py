@@ -93,6 +93,36 @@ def test_figures_are_written_whole_and_appended(tmp_path, monkeypatch, bench, fi
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"{file}.csv", f"{file}_cpu.json"]
 
 
+def test_a_full_run_records_how_long_it_took(tmp_path, monkeypatch, capsys):
+    class Run:
+        records = [{"kind": "epoch", "step": 1000 * (i + 1), "updates_per_second": 500.0} for i in range(3)]
+
+        def evaluations(self):
+            return [{"step": 3000, "score": 41.0, "bc_loss": 0.1, "seconds": 4.0, "data": "generated"}]
+
+        def select(self, top_k):
+            return {"last": {"score": 41.0, "top_k": top_k}}
+
+    asked = []
+    monkeypatch.setattr(training, "train", lambda config: asked.append(config) or [Run()])
+    training.main(["--full-run", "--precision", "tf32", "--out", str(tmp_path), "--runs", str(tmp_path / "runs")])
+    written = json.loads(next(tmp_path.glob("full_run_*.json")).read_text())
+    assert written["updating_s"] == 6.0 and written["evaluating_s"] == 4.0 and written["updates"] == 3000
+    assert (asked[0].precision, asked[0].data, asked[0].epochs) == ("tf32", "generated", 1000)
+    assert "41.0" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+def test_the_profiler_counts_no_more_launches_than_there_are():
+    import kernels
+
+    device = torch.device("cuda")
+    agents = training.make_agents(2, True, device)
+    update = kernels.FusedUpdate(agents, training.random_transitions(10_000, device), training.BATCH)
+    found = training.profile(update.run, 100)
+    assert 9 <= found["launches"] <= 10 and sum(found["kernels"].values()) > 0.9
+
+
 def test_timing_takes_turns():
     order = []
     times = timing.measure({name: lambda name=name: order.append(name) for name in ("first", "second")}, 0.0)

@@ -274,6 +274,21 @@ def test_behaviour_cloning_touches_no_critic():
     assert error(first, agents[0].policy_optimizer.state[agents[0].policy_vector]["exp_avg"].double()) < 1e-5
 
 
+@pytest.mark.parametrize("algo, n_launches, n_agents", [("ql", 9, 1), ("ql", 9, 3), ("bc", 5, 1)])
+def test_an_update_is_a_handful_of_launches_however_many_agents_there_are(monkeypatch, algo, n_launches, n_agents):
+    agents, launched = [make_agent(algo=algo, seed=seed) for seed in range(n_agents)], []
+    update = FusedUpdate(agents, make_transitions(agents[0]), 8)
+
+    class Counted:
+        def __getitem__(self, grid):
+            return lambda *_, **__: launched.append(grid)
+
+    for name in ("sample", "fit", "weight_gradients", "adam", "climb", "time_gradient", "finish"):
+        monkeypatch.setattr(training, name, Counted())
+    update.run(1)
+    assert len(launched) == n_launches and {grid[-1] for grid in launched} == {n_agents}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Random numbers of its own
 # ---------------------------------------------------------------------------------------------------------------------
