@@ -989,7 +989,7 @@ def run_epochs(configs, agents, updates, task, label, runs):
             for c, agent, run in zip(configs, agents, runs):
                 # A run killed in the middle of an evaluation finds it missing here and makes it again.
                 if due and all(e["step"] != step for e in run.evaluations()):
-                    evaluate_and_record(c, agent, task, label, run)
+                    evaluate_and_record(c, agent, task, label, run, f"seed {c.seed}, " if len(runs) > 1 else "")
             latest = [run.evaluations()[-1]["score"] for run in runs if run.evaluations()]
             if due and len(runs) > 1:
                 tqdm.write(f"update {step:,}: score {mean_and_spread(latest)} over {len(runs)} seeds ({label})")
@@ -1035,7 +1035,7 @@ def run_epoch(config, agents, updates, bar, score) -> list:
     return [{k: v / n_updates for k, v in total.items()} for total in sums]
 
 
-def evaluate_and_record(config, agent, task, label, run):
+def evaluate_and_record(config, agent, task, label, run, whose):
     """Evaluate, log, keep the networks, select, draw."""
     from tqdm import tqdm
 
@@ -1053,7 +1053,7 @@ def evaluate_and_record(config, agent, task, label, run):
     run.log("evaluation", step, score=score, bc_loss=bc_loss, mean_length=mean_length, seconds=seconds, data=label)
     run.select(config.top_k)
     run.draw_curve(f"{config.env}, {config.algo}\n{label}")
-    tqdm.write(f"update {step:,}: score {score:.1f} ({label}), {len(episodes.returns)} episodes in {seconds:.0f} s")
+    tqdm.write(f"{whose}update {step:,}: score {score:.1f} ({label}), {len(episodes.returns)} episodes in {seconds:.0f} s")
 
 
 def evaluate_run(config: Config):

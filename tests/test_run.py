@@ -350,6 +350,8 @@ def test_seeds_side_by_side_leave_the_runs_that_each_would_leave_alone(tmp_path,
     printed = capsys.readouterr().out
     runs = by_seed(tmp_path / "both")
     assert list(sorted(runs)) == [1, 3] and "seeds 3 1" in printed
+    assert "seed 3, update 10: score" in printed and "seed 1, update 20: score" in printed
+    assert "over 2 seeds" in printed
     scores = [json.loads((runs[seed] / "selection.json").read_text())["last"]["score"] for seed in (3, 1)]
     assert f"{np.mean(scores):.1f} ± {np.std(scores, ddof=1):.1f}" in printed.split("normalised scores")[1]
     for seed, run in runs.items():
