@@ -43,8 +43,11 @@ def compile_for(arch: int, kernel, signature: dict, constants: dict, **options) 
     """Compile one kernel; signature: name -> type of each argument that is not a constant. -> what was found"""
     types = {name: "constexpr" if name in constants else signature[name] for name in kernel.arg_names}
     # What a launch would find out: torch aligns its tensors, and 0 and a batch of 256 are multiples of 16.
-    multiples = ("zero", "B") if "B" in types else ("zero",)
-    aligned = {(i,): [["tt.divisibility", 16]] for i, (name, t) in enumerate(types.items()) if t[0] == "*" or name in multiples}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, t) in enumerate(types.items())
+        if t[0] == "*" or (t == "i32" and name in ("zero", "B"))
+    }
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
