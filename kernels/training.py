@@ -304,7 +304,8 @@ def _product(
 @triton.jit
 def _layer(
     du, du_stride, v, v_stride, v_width, gradient, table, tile, n_tiles_in, n_out, cloned, climbed, norms,
-    B: tl.constexpr, N_ROWS: tl.constexpr, COLUMNS: tl.constexpr, STATE_AT: tl.constexpr, ACTION_AT: tl.constexpr, STATE_DIM: tl.constexpr, ACTION_DIM: tl.constexpr,
+    B: tl.constexpr, N_ROWS: tl.constexpr, COLUMNS: tl.constexpr, STATE_AT: tl.constexpr, ACTION_AT: tl.constexpr,
+    STATE_DIM: tl.constexpr, ACTION_DIM: tl.constexpr,
     S: tl.constexpr, A: tl.constexpr, H: tl.constexpr, T: tl.constexpr, FIRST: tl.constexpr, CLIMBS: tl.constexpr,
     FACTOR: tl.constexpr, BIAS_FACTOR: tl.constexpr,
     OUT_TILE: tl.constexpr, IN_TILE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -343,8 +344,9 @@ def _layer(
 @triton.jit
 def weight_gradients(
     inputs, saved, du, dy, gradient, table, norms, values, eta, cloned,
-    B: tl.constexpr, N_ROWS: tl.constexpr, BASE: tl.constexpr, SIZE: tl.constexpr, NETWORKS: tl.constexpr, COLUMNS: tl.constexpr, STATE_AT: tl.constexpr,
-    ACTION_AT: tl.constexpr, STATE_DIM: tl.constexpr, ACTION_DIM: tl.constexpr, N_OUT: tl.constexpr, OUT: tl.constexpr,
+    B: tl.constexpr, N_ROWS: tl.constexpr, BASE: tl.constexpr, SIZE: tl.constexpr, NETWORKS: tl.constexpr,
+    COLUMNS: tl.constexpr, STATE_AT: tl.constexpr, ACTION_AT: tl.constexpr, STATE_DIM: tl.constexpr, ACTION_DIM: tl.constexpr,
+    N_OUT: tl.constexpr, OUT: tl.constexpr,
     S: tl.constexpr, A: tl.constexpr, H: tl.constexpr, T: tl.constexpr, CLIMBS: tl.constexpr, TILES: tl.constexpr,
     TILES_PADDED: tl.constexpr, NORMS: tl.constexpr, OUT_TILE: tl.constexpr, IN_TILE: tl.constexpr, BLOCK: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
@@ -477,9 +479,9 @@ def adam(
     """Programs (block, agent) over flat parameters (n, SIZE): clip by the global norm, Adam, average ← average + rate·(p - average),
     every average_every-th step from average_start on, and the packed copies of both.
 
-    steps (n,), adam_steps (n,); rates (RATES + 1,): the learning rate in each period of rate_every steps, the last one from then on. place (SIZE,): where in an
-    agent's packed weights (WEIGHTS numbers of a copy) a parameter goes, times factor; -1: nowhere; -2 - k: number k of its
-    packed biases (BIASES of a copy). SPLIT: fp16x3's lower halves too.
+    steps (n,), adam_steps (n,); rates (RATES + 1,): the learning rate in each period of rate_every steps, the last one from then
+    on. place (SIZE,): where in an agent's packed weights (WEIGHTS numbers of a copy) a parameter goes, times factor; -1: nowhere;
+    -2 - k: number k of its packed biases (BIASES of a copy). SPLIT: fp16x3's lower halves too.
     """
     agent = tl.program_id(1)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

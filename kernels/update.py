@@ -291,9 +291,10 @@ class FusedUpdate:
         training.weight_gradients[(self._product_programs(p), p.NETWORKS, len(self.agents))](
             inputs, saved, du, dy, trained.gradient, self.table, norms, self.values, self.agent.eta, cloned,
             B=self.batch_size, N_ROWS=n_rows, BASE=base, SIZE=(trained.size - base) // p.NETWORKS, NETWORKS=p.NETWORKS,
-            COLUMNS=trained.columns, **trained.first_columns, STATE_DIM=p.state_dim, ACTION_DIM=p.action_dim, N_OUT=p.n_out, OUT=p.OUT, S=p.S, A=p.A,
-            H=p.hidden_dim, T=p.n_timesteps if is_policy else 0, CLIMBS=climbs, TILES=self.n_tiles,
-            TILES_PADDED=_padded(self.n_tiles), NORMS=norms.shape[1], OUT_TILE=tile.outputs, IN_TILE=tile.inputs, BLOCK=tile.rows,
+            COLUMNS=trained.columns, **trained.first_columns, STATE_DIM=p.state_dim, ACTION_DIM=p.action_dim, N_OUT=p.n_out,
+            OUT=p.OUT, S=p.S, A=p.A, H=p.hidden_dim, T=p.n_timesteps if is_policy else 0, CLIMBS=climbs, TILES=self.n_tiles,
+            TILES_PADDED=_padded(self.n_tiles), NORMS=norms.shape[1], OUT_TILE=tile.outputs, IN_TILE=tile.inputs,
+            BLOCK=tile.rows,
             PRECISION=self.precision, STAGES=tile.stages, PTX=self.PTX, num_warps=tile.warps,
         )  # fmt: skip
 
