@@ -110,7 +110,7 @@ def cases(arch: int, hidden_dims=HIDDEN_DIMS) -> dict:
             for i, name in enumerate(LAUNCHES):
                 if name.endswith("critic"):
                     continue  # the policy's kernels with other constants
-                found[f"update {name} {H} {precision}"] = lambda i=i, of=(precision, H): update_launches(*of)[i]
+                found[f"update {name} {H} {precision}"] = lambda i=i, of=(arch, precision, H): update_launches(*of)[i]
     return found
 
 
@@ -132,13 +132,14 @@ LAUNCHES = (
 
 
 @lru_cache
-def update_launches(precision: str, hidden_dim: int) -> list:
-    """(kernel, signature, constants, options) of each of LAUNCHES for antmaze's sizes."""
+def update_launches(arch: int, precision: str, hidden_dim: int) -> list:
+    """(kernel, signature, constants, options) of each of LAUNCHES for antmaze's sizes on sm_{arch}."""
     launches = []
     with ExitStack() as patches:
         for name in {name.split()[0] for name in LAUNCHES}:
             patches.enter_context(patch.object(training, name, Recorder(getattr(training, name), launches)))
         patches.enter_context(patch.object(update, "interpreting", lambda: True))  # so that it takes tensors of a CPU
+        patches.enter_context(patch.object(update, "architecture", lambda device: arch))
         fused = update.FusedUpdate(DiffusionQL(29, 8, hidden_dim=hidden_dim), None, 256, precision)
         fused.PTX = True
         fused.columns = [torch.zeros(1000, 1)] * 5

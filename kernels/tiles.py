@@ -68,10 +68,13 @@ class ProductTile(NamedTuple):
     stages: int
 
 
-def choose_update_tile(precision: str, hidden_dim: int = 256) -> Tile:
+def choose_update_tile(precision: str, arch: int = 90, hidden_dim: int = 256) -> Tile:
     """The tile of all launches of an update that go by rows. It does not depend on how many agents learn together: each has to
     get the numbers it would get alone. 256 rows are 16 tiles, so that one agent's chain is short and eight fill an H100."""
-    return choose_tile(1, precision, hidden_dim=hidden_dim)
+    tile = choose_tile(1, precision, arch, hidden_dim)
+    if precision == "tf32" and hidden_dim > 256 and arch < 90:
+        tile = tile._replace(chunk=16)  # or training.fit would take 166 KB of an A100's 163
+    return tile
 
 
 def choose_product_tile(precision: str) -> ProductTile:

@@ -181,7 +181,7 @@ class FusedUpdate:
         require(policies.hidden_dim == critics.hidden_dim, "policy and critics must have the same hidden_dim")
         H = policies.hidden_dim
         self.precision, self.PTX = precision, not interpreting()
-        self.tile = tile = tile or choose_update_tile(precision, H)
+        self.tile = tile = tile or choose_update_tile(precision, self.arch, H)
         self.product_tile = product_tile or choose_product_tile(precision)
         self.n_tiles = triton.cdiv(B, tile.rows)
 

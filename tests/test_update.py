@@ -606,7 +606,7 @@ def test_a_million_transitions_and_an_agent_take_less_than_two_gigabytes():
 def test_the_tile_does_not_depend_on_how_many_agents_there_are():
     agents = [make_agent(seed=seed) for seed in range(3)]
     tiles = {FusedUpdate(group, None, 8).tile for group in (agents[0], agents)}
-    assert tiles == {choose_update_tile("fp16", 128)}
+    assert tiles == {choose_update_tile("fp16", hidden_dim=128)}
 
 
 def test_what_agents_must_share_is_all_that_the_launches_read_of_one():
