@@ -12,6 +12,8 @@ import pytest
 from conftest import ROOT
 
 pytest.importorskip("triton", reason="triton has no package for this platform")
+from bench.offline import cases  # noqa: E402
+from bench.timing import RESULTS  # noqa: E402
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that one block can have
 PRECISIONS = ("fp16", "tf32", "fp16x3", "fp32")
@@ -85,6 +87,14 @@ def test_a_kernel_fits_the_chip_spills_no_more_than_known_and_uses_its_matrix_un
         assert found["HGMMA"] > 0
     else:
         assert found["UTCHMMA"] + found["HMMA"] > 0
+
+
+def test_the_committed_figures_are_of_every_kernel_that_is_shipped_and_each_fits_its_chip():
+    known = {(found["arch"], found["case"]): found for found in json.loads((RESULTS / "offline.json").read_text())["cases"]}
+    assert known.keys() == {(arch, name) for arch in SHARED for name in cases(arch)}
+    for (arch, name), found in known.items():
+        assert found["shared"] <= SHARED[arch], f"{name} on sm_{arch}"
+        assert found["instructions"] > 500 and (found["BPT"] == 0 or found["UTCHMMA"] > 0), f"{name} on sm_{arch} is a trap"
 
 
 def test_the_cases_are_those_that_are_shipped(compiled):
