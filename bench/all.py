@@ -1,6 +1,6 @@
 """Everything that a new device should be asked, in one command: correctness first, then all timings, the pictures, a whole run.
 
-    python -m bench.all                      # on a GPU, where it has not been run yet, perhaps ten minutes with 16 cores
+    python -m bench.all                      # on a GPU; laid out for thirteen minutes with 16 cores, but it has not been run yet
     python -m bench.all --quick              # fewer sizes, and not the whole run
     python -m bench.all --parts tests        # or timings, or run: where a command may not take that long
 
