@@ -666,7 +666,10 @@ class DiffusionQL:
         for name, optimizer in (("policy", self.policy_optimizer), ("critic", self.critic_optimizer)):
             # In place, as the weights: what was captured or fused goes on with them.
             for moment, v in optimizer.state[optimizer.param_groups[0]["params"][0]].items():
-                v.copy_(state[f"{name}_optimizer.{moment}"])
+                saved = state[f"{name}_optimizer.{moment}"]
+                if saved.shape != v.shape:  # which copy_ would repeat, if it could
+                    raise RuntimeError(f"{name}_optimizer.{moment} is {tuple(saved.shape)}, not {tuple(v.shape)}")
+                v.copy_(saved)
         self.step.copy_(state["step"])
         self.generator.set_state(state["generator"])
 

@@ -569,6 +569,8 @@ def test_a_state_of_another_shape_or_with_a_name_missing_is_refused():
     state = small_agent().state_dict()
     with pytest.raises(RuntimeError):
         DiffusionQL(3, 2, hidden_dim=32).load_state_dict(state)
+    with pytest.raises(RuntimeError, match=r"policy_optimizer.exp_avg is \(1,\)"):
+        small_agent().load_state_dict(state | {"policy_optimizer.exp_avg": torch.zeros(1)})
     del state["critic.q1_model.0.bias"]
     with pytest.raises((KeyError, RuntimeError)):
         small_agent().load_state_dict(state)
