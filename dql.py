@@ -674,6 +674,47 @@ class DiffusionQL:
         self.generator.set_state(state["generator"])
 
 
+def load_released_checkpoint(directory, id=None, *, max_action=1.0, **how) -> DiffusionQL:
+    """An agent with the networks that the authors' code saved as actor_{id}.pth and critic_{id}.pth (actor.pth, critic.pth without id).
+
+    Sizes, T and the schedule are read off the files; max_action, device and hyperparameters, which they do not hold, are given as
+    to DiffusionQL. The averages, which they do not hold either, start as the networks. Only tensors are unpickled, never code.
+    Raises ValueError, in one line, for a file that is missing, broken, holds more than tensors, or is of another network.
+    """
+    files = {name: Path(directory) / (f"{name}.pth" if id is None else f"{name}_{id}.pth") for name in ("actor", "critic")}
+    saved = {}
+    for name, path in files.items():
+        try:
+            saved[name] = torch.load(path, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            raise ValueError(f"there is no {path}; the authors' code saves actor_ID.pth and critic_ID.pth") from None
+        except Exception as e:  # of many kinds, as pickles break in many ways
+            raise ValueError(f"{path} cannot be read as tensors alone ({type(e).__name__}); nothing in it was run") from e
+        if not isinstance(saved[name], dict) or not all(map(torch.is_tensor, saved[name].values())):
+            raise ValueError(f"{path} holds no state_dict of tensors")
+    try:
+        betas, first = saved["actor"]["betas"], saved["actor"]["model.mid_layer.0.weight"]
+        action_dim, inputs = len(saved["actor"]["model.final_layer.bias"]), saved["critic"]["q1_model.0.weight"].shape[1]
+    except KeyError as e:
+        raise ValueError(f"{files['actor'].parent} holds no networks of the authors' code: {e} is missing") from None
+    schedules = [s for s in ("vp", "linear", "cosine") if torch.allclose(beta_schedule(s, len(betas)), betas.float(), atol=1e-6)]
+    if not schedules:
+        raise ValueError(f"the betas in {files['actor']} are of none of the schedules vp, linear and cosine")
+    agent = DiffusionQL(
+        inputs - action_dim, action_dim, hidden_dim=len(first), n_timesteps=len(betas), schedule=schedules[0], max_action=max_action, **how
+    )
+    policy = {name.removeprefix("model."): value for name, value in saved["actor"].items() if name.startswith("model.")}
+    for module, state, path in (
+        (agent.policy, policy, files["actor"]), (agent.policy_ema, policy, files["actor"]),
+        (agent.critic, saved["critic"], files["critic"]), (agent.critic_target, saved["critic"], files["critic"]),
+    ):  # fmt: skip
+        try:
+            module.load_state_dict(state)
+        except RuntimeError as e:
+            raise ValueError(f"{path} is of another network: {str(e).splitlines()[-1].strip()}") from None
+    return agent
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Transitions
 # ---------------------------------------------------------------------------------------------------------------------
