@@ -53,18 +53,19 @@ def finished(run: Path) -> bool:
     return any(r["kind"] == "evaluation" and r["step"] == total for r in map(json.loads, last))
 
 
-def make_run(options: dict, out: Path, threads: int) -> Path:
-    """Train with these options, or finish what an earlier call began. -> the run's folder"""
+def make_run(options: dict, out: Path, threads: int, program=("dql.py",)) -> Path:
+    """Train with these options, or finish what an earlier call began, by program, which takes them. -> the run's folder"""
     before = find_run(out, options)
     if before is not None and finished(before):
         return before
-    command = [sys.executable, "dql.py", "--threads", str(threads)]
+    command = [sys.executable, *program, "--threads", str(threads)]
     if before is not None:
         command += ["--resume", str(before)]
     else:
         command += ["--out", str(out)]
         for name, value in options.items():
-            command += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+            option = f"--{name.replace('_', '-')}"
+            command += [option] if value is True else [option, str(value)]
     print(f"{time.strftime('%H:%M:%S')} {' '.join(command[1:])}", flush=True)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:

@@ -5,6 +5,7 @@ import copy
 import torch
 import torch.nn.functional as F
 
+from bench import precision as rounding
 from dql import Batch, DiffusionPolicy, DiffusionQL, Transitions, TwinCritic, UpdateNoise, flatten_parameters
 from kernels.tiles import LARGE, SMALL, ProductTile, Tile
 
@@ -35,12 +36,7 @@ def make_noise(policy, n, seed=1):
     return [torch.randn(*shape, generator=g).to(DEVICE) for shape in shapes]
 
 
-def round_to_tf32(x):
-    """To 10 bits of mantissa, as tensor cores read float32."""
-    return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
-
-
-ROUND = {"fp16": lambda x: x.half().float(), "tf32": round_to_tf32, "fp16x3": lambda x: x, "fp32": lambda x: x}
+ROUND = rounding.ROUND | {"fp16x3": lambda x: x, "fp32": lambda x: x}
 
 
 def rounded_linear(layer, x, precision):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from bench import acting, sampling, timing, training
+from bench import acting, precision, sampling, timing, training
 from bench.straightforward import StraightforwardDQL
 from dql import DiffusionQL
 
@@ -121,6 +121,46 @@ def test_the_profiler_counts_no_more_launches_than_there_are():
     update = kernels.FusedUpdate(agents, training.random_transitions(10_000, device), training.BATCH)
     found = training.profile(update.run, 100)
     assert 9 <= found["launches"] <= 10 and sum(found["kernels"].values()) > 0.9
+
+
+@pytest.mark.parametrize("name, rounded", [("fp16", lambda x: x.half().float()), ("tf32", None)])
+def test_products_are_imitated_with_the_rounding_of_matrix_units(name, rounded):
+    x = torch.randn(100_000) * torch.exp(4 * torch.randn(100_000) - 4)
+    x = x[x.abs() < 6e4]
+    found = precision.ROUND[name](x)
+    if rounded:
+        assert torch.equal(found, rounded(x))
+    assert ((found - x).abs() <= x.abs() * 2.0**-11 + 2.0**-25).all() and (found.view(torch.int32) & 0x1FFF == 0).float().mean() > 0.3
+    x, weight, g = torch.randn(5, 7, requires_grad=True), torch.randn(3, 7, requires_grad=True), torch.randn(5, 3) * 1e-9
+    y = precision.RoundedLinear.apply(x, weight, name)
+    gradients = torch.autograd.grad(y, (x, weight), g)
+    r = precision.ROUND[name]
+    torch.testing.assert_close(y, r(x) @ r(weight).t())
+    for ours, exact in zip(gradients, (g @ r(weight), g.t() @ r(x))):
+        assert 0 < (ours - exact).norm() < 1e-3 * exact.norm()  # rounded, but nothing so small is lost
+
+
+def test_the_study_of_precision_trains_each_seed_at_each_and_writes_what_came_out(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def make_run(how, out, threads, program):
+        run = out / f"seed{how['seed']}"
+        run.mkdir(parents=True)
+        means = dict.fromkeys(("bc_loss", "q_loss", "critic_loss", "actor_grad_norm", "critic_grad_norm"), 0.5)
+        records = [{"kind": "epoch", "step": 1000, **means}, {"kind": "evaluation", "step": 1000, "score": 10.0 * how["seed"]}]
+        (run / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+        asked.append((how["seed"], how["epochs"], how["eval_every"], program[-1]))
+        return run
+
+    monkeypatch.setattr(precision.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(precision, "make_run", make_run)
+    precision.main(["--epochs", "1", "--seeds", "3", "5", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)])
+    assert asked == [(seed, 1, 1, program) for program in ("dql.py", "fp16") for seed in (3, 5)]
+    written = json.loads((tmp_path / "precision_cpu.json").read_text())
+    assert [(f["precision"], f["score"]) for f in written["figures"]] == [(p, s) for p in ("fp32", "fp16") for s in (30.0, 50.0)]
+    assert written["updates"] == 1000 and "40.0" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="--precisions here are fp32, fp16, tf32"):
+        precision.main(["--precisions", "fp8"])
 
 
 def test_timing_takes_turns():
