@@ -6,29 +6,23 @@ is to go there.
 
     MAZES, free_cells, cell_xy, sample_goals    the layouts, in cells of 4 m; the ant starts at (0, 0)
     build_model, sample_states, AntBatch        the physics, for one ant and for hundreds stepped at once
-    AntMaze                                     one task by its D4RL name: limits, score, evaluate, draw_paths
+    AntMaze                                     one task by its D4RL name: limits, score, evaluate, draw
 
 The same task as a gymnasium environment is tasks.antmaze_env.AntMazeEnv.
 """
 
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
+from typing import ClassVar
 
-import gymnasium
 import mujoco
 import numpy as np
 from matplotlib.collections import LineCollection
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
-from mujoco.rollout import Rollout
 
-from atomic import written_whole
-
-from .task import Episodes, TaskError
+from .simulation import Simulation, checked_actions, compile_spec, load_spec
+from .task import Episodes, Task, TaskError, World
 
 # '1' wall, '0' free, 'R' where the ant starts, 'G' where its goal lies. Rows go to +y, columns to +x.
 MAZES: dict[str, list[str]] = {
@@ -112,11 +106,10 @@ def build_model(maze: str) -> mujoco.MjModel:
     """D4RL's ant between the walls of a maze, made from gymnasium's ant.xml.
 
     gymnasium's ant differs from D4RL's in four things, put back here: the time step, the actuators' gear and
-    range, and the contacts' solimp. MuJoCo itself differs from D4RL's in how it joins two geoms' contact
-    margins (margins_add).
+    range, and the contacts' solimp.
     """
     rows = _rows(maze)
-    spec = mujoco.MjSpec.from_file(str(Path(gymnasium.__file__).parent / "envs/mujoco/assets/ant.xml"))
+    spec = load_spec("gymnasium", "envs/mujoco/assets/ant.xml")
     spec.option.timestep = 0.02
     for actuator in spec.actuators:
         actuator.gear[0] = 1.0
@@ -132,26 +125,7 @@ def build_model(maze: str) -> mujoco.MjModel:
         )
     for geom in spec.geoms:
         geom.solimp[:3] = [0.8, 0.8, 0.01]
-    model = spec.compile()
-    if margins_add():
-        model.geom_margin[:] *= 0.5
-    return model
-
-
-@lru_cache(maxsize=1)
-def margins_add() -> bool:
-    """Whether this MuJoCo adds two geoms' contact margins, as from 3.5 on, or takes their maximum.
-
-    D4RL's took the maximum. Every geom of the ant's model has the same margin, so halving them all where they
-    add restores it. Tried on two spheres 0.15 apart with a margin of 0.1 each, which touch only if it adds,
-    rather than read off a version number.
-    """
-    sphere = '<body pos="0 0 {}"><freejoint/><geom size="1" margin="0.1"/></body>'
-    xml = f"<mujoco><worldbody>{sphere.format(0)}{sphere.format(2.15)}</worldbody></mujoco>"
-    model = mujoco.MjModel.from_xml_string(xml)
-    data = mujoco.MjData(model)
-    mujoco.mj_forward(model, data)
-    return data.ncon > 0
+    return compile_spec(spec)
 
 
 def sample_states(model: mujoco.MjModel, n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -164,44 +138,29 @@ def sample_states(model: mujoco.MjModel, n: int, rng: np.random.Generator) -> tu
 class AntBatch:
     """n ants, each alone in its own copy of a maze, stepped together on all cores. A context manager.
 
-    qpos (n, 15), qvel (n, 14) and observations (n, 29) = [qpos, qvel] are views of the float64 state: they
-    follow every step, and writing to them moves an ant. The solver starts cold at each environment step, so
-    that a step is a function of the observation and the action alone.
+    qpos (n, 15), qvel (n, 14) and observations (n, 29) = [qpos, qvel] are Simulation's views of the state: they follow every
+    step, and writing to them moves an ant.
     """
 
     def __init__(self, maze: str, n: int, n_threads: int | None = None):
-        self.model = build_model(maze)
-        n_threads = min(n_threads or available_cores(), n)
-        state_size = mujoco.mj_stateSize(self.model, mujoco.mjtState.mjSTATE_FULLPHYSICS)
-        self._state = np.zeros((n, state_size))  # MuJoCo's order: time, qpos, qvel; the ant has nothing more
-        self.qpos = self._state[:, 1 : 1 + N_QPOS]
-        self.qvel = self._state[:, 1 + N_QPOS : 1 + STATE_DIM]
-        self.observations = self._state[:, 1 : 1 + STATE_DIM]
-        self.qpos[:] = self.model.qpos0
-        self._rollout = Rollout(nthread=n_threads)
-        self._data = [mujoco.MjData(self.model) for _ in range(n_threads)]
+        self.simulation = Simulation(build_model(maze), n, n_threads)
+        self.model = self.simulation.model
+        self.qpos, self.qvel, self.observations = self.simulation.qpos, self.simulation.qvel, self.simulation.states
 
     def reset(self, indices: np.ndarray, rng: np.random.Generator) -> None:
         """Put these ants back to the start, each in a state drawn by sample_states."""
-        self.qpos[indices], self.qvel[indices] = sample_states(self.model, len(indices), rng)
+        self.simulation.place(indices, *sample_states(self.model, len(indices), rng))
 
     def step(self, actions: np.ndarray, indices: np.ndarray | None = None) -> None:
         """One environment step of 0.1 s. Row i of actions (k, 8), clipped to [-1, 1], moves ant indices[i].
 
         Without indices every ant moves. Raises TaskError if actions have another shape or are not all finite.
         """
-        indices = np.arange(len(self._state)) if indices is None else np.asarray(indices)
-        if not len(indices):
-            return
-        control = TORQUE * checked_actions(actions, (len(indices), ACTION_DIM))
-        start = self._state[indices]
-        start[:, 0] = 0.0
-        control = np.repeat(control[:, None], FRAME_SKIP, axis=1)
-        states, _ = self._rollout.rollout(self.model, self._data, start, control)
-        self._state[indices] = states[:, -1]
+        indices = np.arange(len(self.qpos)) if indices is None else np.asarray(indices)
+        self.simulation.step(indices, TORQUE * checked_actions(actions, (len(indices), ACTION_DIM)), FRAME_SKIP)
 
     def close(self) -> None:
-        self._rollout.close()
+        self.simulation.close()
 
     def __enter__(self) -> "AntBatch":
         return self
@@ -210,94 +169,60 @@ class AntBatch:
         self.close()
 
 
-def checked_actions(actions: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Actions as float64, clipped to [-1, 1] as D4RL does. TaskError if not finite or of another shape."""
-    actions = np.asarray(actions, dtype=np.float64)
-    if actions.shape != shape:
-        raise TaskError(f"actions have shape {actions.shape}, not {shape}; give 8 numbers for each ant")
-    if not np.isfinite(actions).all():
-        raise TaskError("actions hold NaN or infinity; check the policy that made them")
-    return np.clip(actions, -1.0, 1.0)
-
-
-def available_cores() -> int:
-    """The cores this process may use, which in a container can be fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 # ------------------------------------------------------------------------------------------------------------
 # The task
 
 
-@dataclass(frozen=True)
-class AntMaze:
-    """One of D4RL's antmaze-*-v0 tasks. A plain value; tasks.get(name) returns one."""
+class MazeWorld(World):
+    """n ants, each with a goal of its own. trail: where all were after each reset and step, (n, 2) each."""
 
-    name: str  # "antmaze-umaze-v0"
+    def __init__(self, maze: str, n: int, n_threads: int | None = None):
+        self.maze, self.ants, self.goals = maze, AntBatch(maze, n, n_threads), np.zeros((n, 2))
+        self.simulation, self.observations, self.trail = self.ants.simulation, self.ants.observations, []
+
+    def reset(self, who: np.ndarray, rng: np.random.Generator) -> None:
+        self.goals[who] = sample_goals(self.maze, len(who), rng)
+        self.ants.reset(who, rng)
+        self.trail.append(self.ants.qpos[:, :2].copy())
+
+    def step(self, who: np.ndarray, actions: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        self.ants.step(actions, who)
+        self.trail.append(self.ants.qpos[:, :2].copy())
+        reached = at_goal(self.ants.qpos[who, :2], self.goals[who])
+        return reached.astype(float), reached
+
+
+@dataclass(frozen=True)
+class MazeEpisodes(Episodes):
+    """Episodes, with the walked paths and the goals (N, 2)."""
+
+    paths: list[np.ndarray]  # N arrays (length + 1, 2): x, y in metres, the starting point first
+    goals: np.ndarray
+
+
+@dataclass(frozen=True)
+class AntMaze(Task):
+    """One of D4RL's antmaze-*-v0 tasks. Its score is the percentage of goals reached."""
+
     maze: str  # a key of MAZES
     diverse: bool  # of the data, not the maze: from random starts to random goals
-    episode_limit: int  # environment steps
-    dataset_file: str  # below D4RL's base URL
-    state_dim: int = STATE_DIM
-    action_dim: int = ACTION_DIM
-    max_action: float = 1.0
-    ref_min: float = 0.0
-    ref_max: float = 1.0
+    family: ClassVar[str] = "antmaze"
+    can_generate: ClassVar[bool] = True
+    step_seconds: ClassVar[float] = 0.1
 
-    def normalized_score(self, returns: np.ndarray) -> np.ndarray:
-        """D4RL's score, 0 for ref_min to 100 for ref_max; here simply the percentage of goals reached."""
-        return 100.0 * (np.asarray(returns) - self.ref_min) / (self.ref_max - self.ref_min)
-
-    def evaluate(
-        self,
-        act: Callable[[np.ndarray], np.ndarray],
-        n_episodes: int,
-        seed: int,
-        n_threads: int | None = None,
-        on_step: Callable[[int, int], None] | None = None,
-    ) -> Episodes:
-        """Walk n_episodes at once, with one call of act for all of them each step.
-
-        act maps the observations (k, 29) float32 of k running episodes to actions (k, 8) in [-1, 1];
-        on_step(t, k), if given, is called after step t with the k that are left. seed and act determine all.
-
-        Each episode has a goal of its own, as a newly made environment has in D4RL v0. The authors run
+    def world(self, n: int, n_threads: int | None = None) -> MazeWorld:
+        """Each episode has a goal of its own, as a newly made environment has in D4RL v0. The authors run
         all episodes in one environment, hence with one goal: the same expected score, with more variance.
-
-        Raises TaskError for actions that are not finite or not (k, 8).
         """
-        if n_episodes < 1:
-            raise TaskError(f"an evaluation needs at least one episode, not {n_episodes}")
-        rng = np.random.default_rng(seed)
-        goals = sample_goals(self.maze, n_episodes, rng)
-        alive = np.arange(n_episodes)
-        returns = np.zeros(n_episodes)
-        lengths = np.full(n_episodes, self.episode_limit)
-        positions = np.zeros((self.episode_limit + 1, n_episodes, 2))
-        with AntBatch(self.maze, n_episodes, n_threads) as ants:
-            ants.reset(alive, rng)
-            positions[0] = ants.qpos[:, :2]
-            for t in range(1, self.episode_limit + 1):
-                ants.step(act(ants.observations[alive].astype(np.float32)), alive)
-                positions[t] = ants.qpos[:, :2]
-                reached = alive[at_goal(positions[t, alive], goals[alive])]
-                returns[reached] = 1.0
-                lengths[reached] = t
-                alive = np.setdiff1d(alive, reached)
-                if on_step is not None:
-                    on_step(t, len(alive))
-                if not len(alive):
-                    break
-        paths = [positions[: length + 1, i].copy() for i, length in enumerate(lengths)]
-        return Episodes(returns, lengths, paths, goals)
+        return MazeWorld(self.maze, n, n_threads)
 
-    def draw_paths(self, episodes: Episodes, path: str | Path, title: str) -> None:
-        """Draw the walked paths as a PNG file, atomically. Raises TaskError if it cannot be written."""
-        try:
-            with written_whole(path) as temporary:
-                _figure(self.maze, episodes, title).savefig(temporary, dpi=120, format="png")
-        except OSError as error:
-            raise TaskError(f"cannot write the picture {path}: {error.strerror or error}") from error
+    def _finish(self, world: MazeWorld, episodes: Episodes) -> MazeEpisodes:
+        trail = np.stack(world.trail)
+        paths = [trail[: length + 1, i].copy() for i, length in enumerate(episodes.lengths)]
+        return MazeEpisodes(**vars(episodes), paths=paths, goals=world.goals)
+
+    def _figure(self, episodes: MazeEpisodes, title: str) -> Figure:
+        return draw_maze(self.maze, episodes, title)
 
 
 def at_goal(xy: np.ndarray, goal: np.ndarray) -> np.ndarray:
@@ -311,7 +236,7 @@ def at_goal(xy: np.ndarray, goal: np.ndarray) -> np.ndarray:
 FLOOR, WALL, REACHED, FAILED, GOAL, START = "#f7f5f0", "#8d99ae", "#0072b2", "#d55e00", "#2a9d5c", "#222222"
 
 
-def _figure(maze: str, episodes: Episodes, title: str) -> Figure:
+def draw_maze(maze: str, episodes: MazeEpisodes, title: str) -> Figure:
     walls = np.array([[mark == "1" for mark in row] for row in MAZES[maze]])
     n_rows, n_cols = walls.shape
     left, bottom = np.array(cell_xy(maze, 0, 0)) - CELL / 2

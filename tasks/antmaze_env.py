@@ -4,16 +4,9 @@
     env = gymnasium.make("antmaze-umaze-v0", render_mode="rgb_array")
 """
 
-import importlib
-import os
-import sys
-from ctypes.util import find_library
-
 import gymnasium
 import mujoco
 import numpy as np
-
-from atomic import written_whole
 
 from .antmaze import (
     ACTION_DIM,
@@ -24,11 +17,12 @@ from .antmaze import (
     at_goal,
     build_model,
     cell_xy,
-    checked_actions,
     free_cells,
     sample_goals,
     sample_states,
 )
+from .env import Camera
+from .simulation import checked_actions
 from .task import TaskError
 
 FLOOR_COLOUR = [0.92, 0.91, 0.88, 1.0]
@@ -65,7 +59,7 @@ class AntMazeEnv(gymnasium.Env):
         self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (STATE_DIM,), np.float64)
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (ACTION_DIM,), np.float32)
         self._picture_size = (width, height)
-        self._camera: _MazeCamera | None = None
+        self._camera: Camera | None = None
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         super().reset(seed=seed)
@@ -94,8 +88,10 @@ class AntMazeEnv(gymnasium.Env):
         if self.render_mode is None or self.goal is None:  # not asked for, or not reset yet
             return None
         if self._camera is None:
-            self._camera = _MazeCamera(self.model, self.maze, *self._picture_size)
-        return self._camera.shoot(self.data, self.goal)
+            _paint(self.model)
+            width, height = self._picture_size
+            self._camera = Camera(self.model, _view_of(self.maze, width / height), width, height)
+        return self._camera.shoot(self.data, ([*self.goal, 0.03], GOAL_RADIUS, 0.03, GOAL_COLOUR))
 
     def close(self) -> None:
         if self._camera is not None:
@@ -109,78 +105,8 @@ class AntMazeEnv(gymnasium.Env):
         return {"goal": self.goal.copy(), "success": bool(at_goal(self.data.qpos[:2], self.goal))}
 
 
-def film(name: str, act, path: str | os.PathLike, seed: int) -> float:
-    """One episode of the task `name` as an animated GIF, at twice its natural speed. -> its return
-
-    act: observation (S,) float32 -> action (A,). Raises TaskError where there is no OpenGL or path cannot be written.
-    """
-    import imageio.v3 as iio
-
-    env = gymnasium.make(name, render_mode="rgb_array", disable_env_checker=True)
-    observation, _ = env.reset(seed=seed)
-    frames, total, done, t = [env.render()], 0.0, False, 0
-    while not done:
-        observation, reward, terminated, truncated, _ = env.step(act(observation.astype(np.float32)))
-        total, done, t = total + float(reward), terminated or truncated, t + 1
-        if t % 2 == 0 or done:
-            frames.append(env.render())
-    env.close()
-    gif = iio.imwrite("<bytes>", np.stack(frames), extension=".gif", duration=100, loop=0)
-    try:
-        with written_whole(path) as temporary:
-            temporary.write_bytes(gif)
-    except OSError as error:
-        raise TaskError(f"cannot write the film {path}: {error.strerror or error}") from error
-    return total
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Pictures
-
-
-class _MazeCamera:
-    """Offscreen pictures of the whole maze.
-
-    Not mujoco.Renderer, because that can only use the OpenGL chosen when mujoco was imported, which on a
-    machine without a display is one that cannot work unless MUJOCO_GL was set beforehand.
-    """
-
-    def __init__(self, model: mujoco.MjModel, maze: str, width: int, height: int):
-        _paint(model)
-        model.vis.global_.offwidth, model.vis.global_.offheight = width, height
-        backend = _gl_backend()
-        try:
-            self._gl = importlib.import_module(backend).GLContext(width, height)
-            self._gl.make_current()
-            self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
-        # Which of these a missing or broken library shows as depends on the backend and on where it fails.
-        except (ImportError, AttributeError, OSError, RuntimeError, mujoco.FatalError) as error:
-            reason = " ".join(str(error).split())
-            advice = "install libegl1 and set MUJOCO_GL=egl, or libosmesa6 and MUJOCO_GL=osmesa"
-            raise TaskError(f"cannot render with {backend} ({reason}); {advice}") from error
-        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
-        self._model = model
-        self._scene = mujoco.MjvScene(model, maxgeom=1000)
-        self._viewport = mujoco.MjrRect(0, 0, width, height)
-        self._view = _view_of(maze, width / height)
-
-    def shoot(self, data: mujoco.MjData, goal: np.ndarray) -> np.ndarray:
-        self._gl.make_current()
-        option, everything = mujoco.MjvOption(), mujoco.mjtCatBit.mjCAT_ALL
-        mujoco.mjv_updateScene(self._model, data, option, None, self._view, everything, self._scene)
-        marker = self._scene.geoms[self._scene.ngeom]
-        disc, size, place = mujoco.mjtGeom.mjGEOM_CYLINDER, [GOAL_RADIUS, 0.03, 0.0], [*goal, 0.03]
-        mujoco.mjv_initGeom(marker, disc, size, place, np.eye(3).ravel(), GOAL_COLOUR)
-        self._scene.ngeom += 1
-        mujoco.mjr_render(self._viewport, self._scene, self._context)
-        picture = np.empty((self._viewport.height, self._viewport.width, 3), np.uint8)
-        mujoco.mjr_readPixels(picture, None, self._viewport, self._context)
-        return picture[::-1].copy()  # OpenGL's first row is the lowest
-
-    def close(self) -> None:
-        self._gl.make_current()
-        self._context.free()
-        self._gl.free()
 
 
 def _paint(model: mujoco.MjModel) -> None:
@@ -209,14 +135,3 @@ def _view_of(maze: str, aspect: float) -> mujoco.MjvCamera:
     view.azimuth, view.elevation = 90.0, -65.0
     view.distance = 1.5 * max(depth, width / aspect)
     return view
-
-
-def _gl_backend() -> str:
-    """The module to take OpenGL from: as MUJOCO_GL says; else GLFW on a display; else EGL, else OSMesa."""
-    if sys.platform != "linux":
-        return "mujoco"  # which has the one that is right there
-    if os.environ.get("MUJOCO_GL"):
-        return f"mujoco.{os.environ['MUJOCO_GL'].lower()}"
-    if os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
-        return "mujoco.glfw"
-    return "mujoco.egl" if find_library("EGL") else "mujoco.osmesa"

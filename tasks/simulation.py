@@ -1,0 +1,121 @@
+"""Many copies of one MuJoCo model, stepped together on all cores; and what all tasks do to a model and to actions.
+
+    with Simulation(model, n=100) as copies:
+        copies.place(np.arange(100), qpos, qvel)
+        copies.step(np.arange(100), control, n_substeps=5)
+"""
+
+import os
+import warnings
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import mujoco
+import numpy as np
+from mujoco.rollout import Rollout
+
+from .task import TaskError
+
+
+class Simulation:
+    """n states of one model, each alone in its own world. A context manager.
+
+    qpos (n, nq), qvel (n, nv) and states (n, nq + nv), both side by side, are views of the same float64 numbers: they follow
+    every step, and writing to them moves a copy, as place() does. sensors (n, nsensordata) are as mj_step leaves them: from before the last substep, not after it, as all that
+    D4RL's environments read from MuJoCo beyond qpos and qvel; place() computes them for the placed state itself. The solver
+    starts cold at each call of step(), so that a step is a function of qpos, qvel and the control alone.
+    """
+
+    def __init__(self, model: mujoco.MjModel, n: int, n_threads: int | None = None):
+        self.model = model
+        n_threads = min(n_threads or available_cores(), n)
+        size = mujoco.mj_stateSize(model, mujoco.mjtState.mjSTATE_FULLPHYSICS)
+        if size != 1 + model.nq + model.nv:
+            raise ValueError(f"a model with {size - 1 - model.nq - model.nv} states beyond qpos and qvel is not supported")
+        self._state = np.zeros((n, size))  # MuJoCo's order: time, qpos, qvel
+        self.qpos = self._state[:, 1 : 1 + model.nq]
+        self.qvel = self._state[:, 1 + model.nq :]
+        self.states = self._state[:, 1:]
+        self.sensors = np.zeros((n, model.nsensordata))
+        self._rollout = Rollout(nthread=n_threads if n_threads > 1 else 0)  # 0: on the calling thread
+        self._data = [mujoco.MjData(model) for _ in range(n_threads)]
+        self.place(np.arange(n), model.qpos0, np.zeros(model.nv))
+
+    def place(self, who: np.ndarray, qpos: np.ndarray, qvel: np.ndarray) -> None:
+        """Put the copies with the indices who (k,) into states: qpos (k, nq), qvel (k, nv), or one for all."""
+        self.qpos[who], self.qvel[who] = qpos, qvel
+        if self.model.nsensordata:
+            data = self._data[0]
+            for i in who:
+                mujoco.mj_resetData(self.model, data)
+                data.qpos[:], data.qvel[:] = self.qpos[i], self.qvel[i]
+                mujoco.mj_forward(self.model, data)
+                self.sensors[i] = data.sensordata
+
+    def step(self, who: np.ndarray, control: np.ndarray, n_substeps: int) -> None:
+        """n_substeps of the copies who (k,), each with its row of control (k, nu)."""
+        if not len(who):
+            return
+        start = self._state[who]
+        start[:, 0] = 0.0
+        control = np.repeat(control[:, None], n_substeps, axis=1)
+        states, sensors = self._rollout.rollout(self.model, self._data, start, control)
+        self._state[who], self.sensors[who] = states[:, -1], sensors[:, -1]
+
+    def close(self) -> None:
+        self._rollout.close()
+
+    def __enter__(self) -> "Simulation":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def load_spec(package: str, xml: str) -> mujoco.MjSpec:
+    """A model's XML out of an installed package, which is not imported. Raises TaskError where the package is missing."""
+    found = find_spec(package)
+    if found is None:
+        raise TaskError(f"the package {package.replace('_', '-')} is missing, and this task's model is in it: pip install -r requirements.txt")
+    return mujoco.MjSpec.from_file(str(Path(found.submodule_search_locations[0]) / xml))
+
+
+def compile_spec(spec: mujoco.MjSpec) -> mujoco.MjModel:
+    """The model, its contacts made where D4RL's MuJoCo made them (margins_add)."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*settotalmass")  # half_cheetah.xml's; nothing that a user could mend
+        model = spec.compile()
+    if margins_add():
+        model.geom_margin[:] *= 0.5
+    return model
+
+
+@lru_cache(maxsize=1)
+def margins_add() -> bool:
+    """Whether this MuJoCo adds two geoms' contact margins, as from 3.5 on, or takes their maximum.
+
+    D4RL's took the maximum. Where they add, halving them all restores it for geoms of equal margin, as all are that matter.
+    Tried on two spheres 0.15 apart with a margin of 0.1 each, which touch only if it adds, rather than read off a version number.
+    """
+    sphere = '<body pos="0 0 {}"><freejoint/><geom size="1" margin="0.1"/></body>'
+    xml = f"<mujoco><worldbody>{sphere.format(0)}{sphere.format(2.15)}</worldbody></mujoco>"
+    model = mujoco.MjModel.from_xml_string(xml)
+    data = mujoco.MjData(model)
+    mujoco.mj_forward(model, data)
+    return data.ncon > 0
+
+
+def checked_actions(actions: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Actions as float64, clipped to [-1, 1] as D4RL does. TaskError if not finite or of another shape."""
+    actions = np.asarray(actions, dtype=np.float64)
+    if actions.shape != shape:
+        raise TaskError(f"actions have shape {actions.shape}, not {shape}; give {shape[-1]} numbers for each episode")
+    if not np.isfinite(actions).all():
+        raise TaskError("actions hold NaN or infinity; check the policy that made them")
+    return np.clip(actions, -1.0, 1.0)
+
+
+def available_cores() -> int:
+    """The cores this process may use, which in a container can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
