@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 import tasks
-from tasks import generate as generator
+from tasks import antmaze_data, generate as generator
 from tasks.antmaze import GOAL_RADIUS, MAZES, AntBatch, sample_goals
-from tasks.generate import Planner, Recipe, cached, generate, simulate, statistics
+from tasks.antmaze_data import Planner, Recipe, simulate, statistics
+from tasks.generate import cached, generate
 from tasks.task import TaskError
 from tasks.walker import walk
 
@@ -160,7 +161,7 @@ def test_an_interrupted_generation_leaves_nothing(tmp_path, monkeypatch, where):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generator, where, interrupt)
+    monkeypatch.setattr(antmaze_data, where, interrupt)
     with pytest.raises(KeyboardInterrupt):
         generate(small(), tmp_path / "data.hdf5", n_transitions=200, log=lambda line: None)
     assert list(tmp_path.iterdir()) == []
@@ -178,7 +179,7 @@ def test_a_disk_that_fills_up_leaves_nothing_and_says_so(tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_made_is_noticed_before_the_work(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(generator, "simulate", lambda *_: pytest.fail("simulated first"))
+    monkeypatch.setattr(antmaze_data, "simulate", lambda *_: pytest.fail("simulated first"))
     with pytest.raises(TaskError, match="cannot write"):
         generate(small(), tmp_path / "file" / "data.hdf5", n_transitions=200)
 

@@ -1,0 +1,148 @@
+"""Generated locomotion data and the search behind it: D4RL's layout, honest rewards, better policies higher up the ladder."""
+
+import dataclasses
+import json
+
+import h5py
+import numpy as np
+import pytest
+
+import tasks
+from tasks import search
+from tasks.datasets import load
+from tasks.generate import cached, generate
+from tasks.locomotion import BODIES
+from tasks.locomotion_data import Recipe, load_ladder, rungs, simulate, statistics
+
+QUIET = dict(log=lambda line: None)
+
+
+def small(name="hopper-medium-replay-v2", limit=80):
+    """A task with short episodes, so that a test sees many ends of trajectories quickly."""
+    return dataclasses.replace(tasks.get(name), episode_limit=limit)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return simulate(small(), 40 * 80, seed=1, recipe=Recipe())
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_the_ladder_rises_to_a_policy_worth_the_name(body):
+    weights, bias, returns = load_ladder(body)
+    task = tasks.get(f"{body}-medium-v2")
+    assert weights.shape[1:] == (task.action_dim, task.state_dim) and bias.shape[1:] == (task.action_dim,)
+    assert (np.diff(returns) > 0).all() and len(returns) >= 5
+    assert task.normalized_score(returns[-1]) > 20
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_the_ladders_returns_are_those_that_its_policies_earn(body):
+    """The best policy again, from other starts, for a fifth of an episode: it earns a fifth of its return, give or take a third."""
+    weights, bias, returns = load_ladder(body)
+    task = dataclasses.replace(tasks.get(f"{body}-medium-v2"), episode_limit=200)
+    episodes = task.evaluate(lambda states: (states @ weights[-1].T + bias[-1]).clip(-1, 1), 4, seed=7)
+    assert np.mean(episodes.returns) == pytest.approx(returns[-1] / 5, rel=1 / 3)
+
+
+def test_medium_is_half_as_good_as_the_best_and_replay_goes_up_to_it():
+    returns = np.array([10.0, 40.0, 55.0, 80.0, 100.0])
+    assert rungs("medium", returns).tolist() == [2]
+    assert rungs("medium-replay", returns).tolist() == [0, 1, 2]
+    assert rungs("medium-expert", returns).tolist() == [2, 4]
+
+
+def test_rows_are_transitions_of_the_tasks_own_environment(data):
+    """Put back into a recorded state, the recorded action earns the recorded reward and leads to the next row's state."""
+    inside = np.flatnonzero(~data["terminals"] & ~data["timeouts"])[::97]
+    with small().world(len(inside), 1) as world:
+        who, rng = np.arange(len(inside)), np.random.default_rng(0)
+        world.place(who, data["infos/qpos"][inside], data["infos/qvel"][inside], rng)
+        np.testing.assert_allclose(world.observations, data["observations"][inside], atol=1e-5)
+        rewards, over = world.step(who, data["actions"][inside], rng)
+        np.testing.assert_allclose(rewards, data["rewards"][inside], atol=2e-3)  # the state was rounded to float32
+        assert not over.any()
+        np.testing.assert_allclose(world.observations, data["observations"][inside + 1], atol=5e-3)
+
+
+def test_trajectories_end_by_falling_or_by_the_limit_and_never_by_both(data):
+    assert not (data["terminals"] & data["timeouts"]).any()
+    assert data["terminals"].any() and data["timeouts"].any()
+    ends = np.flatnonzero(data["terminals"] | data["timeouts"])
+    assert ends[-1] == len(data["rewards"]) - 1
+    assert np.diff(ends).max() <= 80 and ends[0] < 80
+    fallen = data["observations"][np.flatnonzero(data["terminals"])]
+    assert (np.abs(fallen[:, 1]) > 0.05).mean() > 0.5  # leaning, in the state before the last step
+
+
+def test_better_data_have_better_returns():
+    returns = [
+        statistics(simulate(dataclasses.replace(tasks.get(f"hopper-{quality}-v2"), episode_limit=300), 30 * 300, 0, Recipe()))["mean_return"]
+        for quality in ("medium-replay", "medium", "medium-expert")
+    ]
+    assert returns[0] < returns[1] < returns[2]
+
+
+def test_actions_are_within_the_box_and_noisy(data):
+    assert np.abs(data["actions"]).max() <= 1.0
+    weights, bias, _ = load_ladder("hopper")
+    clean = np.einsum("kas,ns->nka", weights, data["observations"]) + bias
+    off = np.abs(data["actions"][:, None] - clean.clip(-1, 1)).mean(axis=2).min(axis=1)
+    assert 0.01 < off.mean() < 0.3
+
+
+def test_the_same_seed_gives_the_same_data_on_any_number_of_threads():
+    one, two, other = (simulate(small(), 800, seed, Recipe(), threads) for seed, threads in ((3, 1), (3, 2), (4, 1)))
+    for key in one:
+        np.testing.assert_array_equal(one[key], two[key])
+    assert not np.array_equal(one["actions"], other["actions"])
+
+
+def test_a_file_has_d4rls_keys_and_is_read_and_labelled_as_generated(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    task = small("halfcheetah-medium-v2", limit=50)
+    path = cached(task, n_transitions=500, seed=2, **QUIET)
+    with h5py.File(path) as file:
+        shapes = {key: file[key].shape for key in ("observations", "actions", "rewards", "terminals", "timeouts", "infos/qpos", "infos/qvel")}
+        assert list(shapes.values()) == [(500, 17), (500, 6), (500,), (500,), (500,), (500, 9), (500, 9)]
+        assert file.attrs["seed"] == 2 and file.attrs["mean_return"] == pytest.approx(statistics_of(file))
+    dataset = load(task, "generated", seed=2, n_generated=500, **QUIET)
+    assert dataset.source == "generated" and "not D4RL's data" in dataset.label
+    assert len(dataset) == 490  # the last step of each of ten trajectories has no successor
+
+
+def statistics_of(file) -> float:
+    return statistics({key: file[key][()] for key in ("rewards", "terminals", "timeouts")})["mean_return"]
+
+
+def test_a_task_without_a_generator_says_what_to_do(tmp_path):
+    with pytest.raises(tasks.TaskError, match="no generated data for pen-human-v1.*--data PATH") as error:
+        generate(tasks.get("pen-human-v1"), tmp_path / "data.hdf5", n_transitions=100)
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_a_short_search_climbs_and_keeps_policies_that_rise(tmp_path, monkeypatch):
+    """Two seconds of a smaller search: what is kept acts on plain observations and has the return that is said."""
+    monkeypatch.setitem(search.SETTINGS, "hopper", search.Settings(8, 4, 0.05, 0.05, limit=100))
+    monkeypatch.setattr(search, "EPISODES", 4)
+    monkeypatch.setattr(search, "POLICIES", tmp_path)
+    monkeypatch.setattr("sys.argv", ["search", "hopper", "--seconds", "2"])
+    search.main()
+    policies = json.loads((tmp_path / "hopper.json").read_text())["policies"]
+    returns = [policy["episode_return"] for policy in policies]
+    assert returns == sorted(returns) and returns[-1] > returns[0]
+    weights, bias = (np.array(policies[-1][key])[None].repeat(4, axis=0) for key in ("weights", "bias"))
+    with tasks.get("hopper-medium-v2").world(4, 1) as world:
+        again, _, _ = search.run(world, weights, bias, np.random.default_rng(0), 100)
+    assert again.mean() == pytest.approx(returns[-1], rel=0.02)  # weights were rounded to five digits
+
+
+def test_a_running_mean_is_that_of_all_states():
+    normaliser, states = search.Normaliser(3), np.random.default_rng(0).normal([1, -5, 1e3], [1, 0.1, 50], (1000, 3))
+    for piece in np.split(states, [3, 400, 990]):
+        normaliser.see(piece)
+    np.testing.assert_allclose(normaliser.mean, states.mean(axis=0))
+    np.testing.assert_allclose(normaliser.squares / 1000, states.var(axis=0))
+    weights, bias = normaliser.fold(np.ones((1, 1, 3)))
+    expected = ((states - states.mean(axis=0)) / states.std(axis=0)).sum(axis=1)
+    np.testing.assert_allclose(states @ weights[0, 0] + bias[0, 0], expected)
