@@ -18,7 +18,7 @@ from test_run import write_hdf5
 
 import dql
 import run_folder
-import tasks.datasets
+import tasks.fetch
 
 
 def refused(capsys, *options) -> str:
@@ -207,8 +207,8 @@ def test_a_file_without_timeouts_is_cut_at_the_episode_limit(tmp_path, no_pictur
 
 def test_d4rl_without_file_or_network_is_refused_and_not_substituted(capsys, tmp_path, monkeypatch):
     nobody = "http://127.0.0.1:9/"
-    monkeypatch.setattr(tasks.datasets, "D4RL_URL", nobody)
-    monkeypatch.setattr(tasks.datasets, "MIRROR_URL", nobody)
+    monkeypatch.setattr(tasks.fetch, "D4RL_URL", nobody)
+    monkeypatch.setattr(tasks.fetch, "MIRROR_URL", nobody)
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "d4rl"))
     message = refused(capsys, *TINY, "--data", "d4rl", "--out", tmp_path / "runs")
     assert "cannot download" in message and "--data generated" in message

@@ -1,4 +1,4 @@
-"""tasks/datasets.py: D4RL's reading rules, where data come from, and what bad files and bad networks get."""
+"""tasks/datasets.py: D4RL's reading rules, the repaired reading, where data come from, and what bad files and bad networks get."""
 
 import errno
 import http.server
@@ -15,7 +15,8 @@ import h5py
 import numpy as np
 import pytest
 
-from tasks import datasets
+import tasks
+from tasks import datasets, fetch
 from tasks.task import TaskError
 
 
@@ -26,6 +27,8 @@ class Task:
     action_dim: int = 8
     episode_limit: int = 7
     dataset_file: str = "ant_maze_new/Ant_maze.hdf5"
+    family: str = "antmaze"
+    can_generate: bool = True
 
 
 TASK = Task()
@@ -125,6 +128,37 @@ def test_float64_columns_and_byte_flags_in_a_compressed_file_read_the_same(tmp_p
     assert_same(read, read_slowly(made, 7))
 
 
+@pytest.mark.parametrize("chunk", [1, 7, 16, 200])
+def test_blocks_of_rows_and_chunks_of_the_file_need_not_agree(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(datasets, "ROWS", 16)
+    made = arrays(200)
+    path = tmp_path / "a.hdf5"
+    with h5py.File(path, "w") as file:
+        for key, value in made.items():
+            chunks = (chunk, 1)[: value.ndim]
+            file.create_dataset(key, data=value, chunks=chunks, compression="gzip")
+    assert_same(datasets.read_hdf5(path, TASK), read_slowly(made, 7))
+
+
+def test_no_chunk_of_the_file_is_read_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "ROWS", 50)
+    path = tmp_path / "a.hdf5"
+    made = arrays(100)
+    with h5py.File(path, "w") as file:
+        for key, value in made.items():
+            file.create_dataset(key, data=value, chunks=(30, *value.shape[1:]))
+    starts = []
+
+    def check(rows, where, first):
+        starts.append((first, len(rows)))
+        return rows
+
+    with h5py.File(path) as file:
+        (taken,) = datasets._taken(file["observations"], path, np.ones(100, bool), check=check)
+    assert starts == [(0, 30), (30, 30), (60, 30), (90, 10)]
+    np.testing.assert_array_equal(taken, made["observations"])
+
+
 def test_memory_beyond_the_result_is_that_of_a_few_blocks(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "ROWS", 4096)
     n = 32 * datasets.ROWS
@@ -153,6 +187,242 @@ def test_statistics_are_those_of_the_transitions(tmp_path):
         "reward_mean": pytest.approx(data.rewards.mean(), abs=1e-6),
         "reward_max": data.rewards.max(),
     }
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The files of D4RL's families
+
+
+def antmaze_extras(n):
+    return {"infos/goal": np.ones((n, 2), "f4"), "infos/qpos": np.ones((n, 15), "f4"), "infos/qvel": np.ones((n, 14), "f4")}
+
+
+def locomotion_extras(n):
+    """What else a gym_mujoco_v2 file holds. Its next_observations are not the next rows: they must not be read."""
+    return {
+        "next_observations": np.full((n, 3), np.nan),
+        "infos/action_log_probs": np.ones(n, "f4"),
+        "metadata/algorithm": np.bytes_("SAC"),
+        "metadata/iteration": np.int32(3),
+        "metadata/policy/fc0/weight": np.ones((2, 2), "f4"),
+    }
+
+
+def pen_extras(n):
+    return {"infos/desired_orien": np.ones((n, 4), "f4"), "metadata/algorithm": np.bytes_("DAPG")}
+
+
+def kitchen_extras(n):
+    return {"infos": np.arange(n)}  # of which demonstration: an array, where others have a group
+
+
+EXTRAS = {"antmaze": antmaze_extras, "locomotion": locomotion_extras, "adroit": pen_extras, "kitchen": kitchen_extras}
+BASE_NAMES = {
+    "antmaze-umaze-diverse-v0": "Ant_maze_u-maze_noisy_multistart_True_multigoal_True_sparse.hdf5",
+    "halfcheetah-medium-replay-v2": "halfcheetah_medium_replay-v2.hdf5",
+    "hopper-medium-v2": "hopper_medium-v2.hdf5",
+    "walker2d-medium-expert-v2": "walker2d_medium_expert-v2.hdf5",
+    "pen-human-v1": "pen-human-v1.hdf5",
+    "kitchen-complete-v0": "mini_kitchen_microwave_kettle_light_slider-v0.hdf5",
+    "kitchen-mixed-v0": "kitchen_microwave_kettle_bottomburner_light-v0.hdf5",
+}
+
+
+@pytest.mark.parametrize("name, file", BASE_NAMES.items(), ids=BASE_NAMES)
+def test_each_familys_file_is_found_by_its_base_name_and_read(tmp_path, monkeypatch, name, file):
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
+    task = tasks.get(name)
+    n = 2 * task.episode_limit + 5
+    made = arrays(n, timeouts=task.family != "kitchen", state_dim=task.state_dim, action_dim=task.action_dim)
+    made["terminals"][:] = False  # so that kitchen's limit is met
+    stored = made | EXTRAS[task.family](n)
+    if task.family == "kitchen":
+        stored["terminals"] = made["terminals"].astype("f4")
+    write(tmp_path / file, stored)
+    data = datasets.load(task, "d4rl", log=quiet)
+    assert data.label == f"D4RL {name}"
+    for key, value in read_slowly(made, task.episode_limit).items():
+        np.testing.assert_array_equal(getattr(data, key), value, err_msg=key)
+
+
+@pytest.mark.parametrize("name", tasks.names())
+def test_a_file_of_another_size_is_named_as_the_family_that_it_fits(tmp_path, name):
+    task, other = tasks.get(name), tasks.get("pen-human-v1" if name.startswith("kitchen") else "kitchen-mixed-v0")
+    path = write(tmp_path / "other.hdf5", arrays(state_dim=other.state_dim, action_dim=other.action_dim))
+    assert f"probably of {other.name.split('-')[0]}:" in error_of(datasets.load, task, path, log=quiet)
+    assert name.split("-")[0] in datasets.FAMILIES[task.state_dim, task.action_dim]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The repaired reading of antmaze files
+
+STEP = 0.25  # metres an ant walks here in a step
+
+
+def path(start, direction, n):
+    """n places (n, 2) from start on, STEP apart."""
+    return np.add(start, STEP * np.arange(n)[:, None] * np.array(direction))
+
+
+def within(xy, goal):
+    return np.hypot(*(xy - np.array(goal)).T) <= 0.5
+
+
+class Walks:
+    """Trajectories [(places (T, 2), goal), ...] end to end, as a file's arrays, and what is true of them.
+
+    follows, reached: (N,), whether a row is a trajectory's last one or not, and whether it ends within 0.5 m of its goal.
+    """
+
+    def __init__(self, trajectories):
+        places, goals = zip(*trajectories)
+        n = sum(map(len, places))
+        self.made = arrays(n)
+        self.made["observations"][:, :2] = np.concatenate(places)
+        self.made["infos/goal"] = np.concatenate([np.tile(goal, (len(xy), 1)) for xy, goal in trajectories]).astype(np.float32)
+        self.follows = np.concatenate([np.arange(len(xy)) < len(xy) - 1 for xy in places])
+        self.reached = np.concatenate([np.append(within(xy[1:], goal), False) for xy, goal in trajectories])
+        self.ends = np.flatnonzero(~self.follows)
+        self.mark(self.reached)
+        self.made["timeouts"] = ~self.follows
+
+    def mark(self, rows):
+        self.made["terminals"], self.made["rewards"] = rows.copy(), rows.astype(np.float32)
+
+    def expected(self, keep, terminals=None):
+        """The transitions of the rows keep (N,); terminals (N,), which are the rewards too, if they are not the file's."""
+        rows = np.flatnonzero(keep)
+        made = self.made
+        return {
+            "observations": made["observations"][rows],
+            "actions": made["actions"][rows],
+            "next_observations": made["observations"][rows + 1],
+            "rewards": made["rewards"][rows] if terminals is None else terminals[rows].astype(np.float32),
+            "terminals": made["terminals"][rows] if terminals is None else terminals[rows],
+        }
+
+    def read(self, tmp_path, repair=True, log=quiet):
+        return datasets.read_hdf5(write(tmp_path / "walks.hdf5", self.made), TASK, repair=repair, log=log)
+
+
+def jumps(read):
+    return np.hypot(*(read["next_observations"] - read["observations"])[:, :2].T)
+
+
+def four_walks(lengths=(30, 26, 33, 21), goals=((4, 0), (0, 4), (4, 9), (9, 3))):
+    """Through a goal and on, up to a goal, away from one, and beside one."""
+    starts, directions = ((0, 0), (0, 0), (4, 8), (6, 0)), ((1, 0), (0, 1), (0, -1), (0, 1))
+    return [(path(s, d, n), g) for s, d, n, g in zip(starts, directions, lengths, goals)]
+
+
+def test_rows_that_nothing_follows_go_and_rows_cut_in_the_middle_stay_as_in_medium_diverse(tmp_path):
+    walks, target = Walks(four_walks()), np.array([6.2, 3.0])  # the rewarded goal, which infos/goal does not hold
+    xy = walks.made["observations"][:, :2]
+    walks.mark(np.append(within(xy[1:], target), False))  # D4RL's script takes the next row, whosever it is
+    walks.made["timeouts"] = np.arange(len(xy)) % 29 == 28  # out of step with the ends
+    default, repaired = walks.read(tmp_path, repair=False), walks.read(tmp_path)
+    assert jumps(default).max() > 5 and jumps(repaired).max() < 1
+    assert_same(repaired, walks.expected(walks.follows))
+    assert repaired["terminals"].sum() >= 3
+
+
+def test_the_first_rows_after_a_start_near_the_rewarded_goal_do_not_mark_the_row_before(tmp_path):
+    walks = Walks(four_walks())
+    last = walks.ends[0]
+    walks.mark(np.append(within(walks.made["observations"][1:, :2], walks.made["observations"][last + 1, :2]), False))
+    assert walks.made["terminals"][last]
+    assert_same(walks.read(tmp_path), walks.expected(walks.follows))
+
+
+def test_every_row_that_ends_at_its_goal_is_terminal_where_the_file_has_one_a_walk_as_in_umaze_diverse(tmp_path):
+    walks = Walks(four_walks())
+    first = np.flatnonzero(np.diff(walks.reached.astype(int), prepend=0) == 1)  # the first of each walk
+    walks.mark(np.isin(np.arange(len(walks.reached)), first))
+    walks.made["timeouts"] = np.arange(len(walks.reached)) % 29 == 28
+    said = []
+    repaired = walks.read(tmp_path, log=said.append)
+    assert_same(repaired, walks.expected(walks.follows, walks.reached))
+    assert walks.reached.sum() > 3 * len(first)
+    (line,) = said
+    assert f"{walks.reached.sum()} terminals by infos/goal, where the file has {len(first)}" in line
+    assert f"{np.sum(walks.follows[:-1] & walks.made['timeouts'][:-1])} rows taken in spite of their timeouts" in line
+    assert f"{np.sum(~walks.follows[:-1] & ~walks.made['timeouts'][:-1])} more left out" in line
+
+
+def test_a_walk_that_ends_at_its_goal_keeps_its_last_row_if_the_ant_is_there(tmp_path):
+    walks = Walks([(path((0, 0), (1, 0), 16), (4, 0)), (path((0, 0), (0, 1), 9), (0, 4)), (path((5, 5), (1, 0), 9), (9, 5))])
+    walks.mark(walks.reached)
+    walks.made["terminals"][walks.ends[:2]] = True  # the first is 0.25 m from its goal, the second 2 m: it did not get there
+    kept = walks.follows | (np.arange(34) == walks.ends[0])
+    read = walks.read(tmp_path)
+    assert_same(read, walks.expected(kept, walks.reached | (np.arange(34) == walks.ends[0])))
+
+
+def test_another_goal_is_another_walk_however_near_it_starts(tmp_path):
+    walks = Walks([(path((0, 0), (1, 0), 12), (2, 0)), (path((3, 0), (1, 0), 12), (4, 0))])
+    assert np.abs(np.diff(walks.made["observations"][:, 0])).max() < 1
+    walks.made["timeouts"][:] = False
+    assert_same(walks.read(tmp_path), walks.expected(walks.follows[:-1]))
+
+
+def test_a_jump_is_another_walk_though_the_goal_is_the_same(tmp_path):
+    walks = Walks(four_walks(goals=[(4, 0)] * 4))
+    walks.made["timeouts"][:] = False
+    assert jumps(walks.read(tmp_path, repair=False)).max() > 5
+    assert_same(walks.read(tmp_path), walks.expected(walks.follows))
+
+
+def test_a_file_without_terminals_is_given_none(tmp_path):
+    walks = Walks(four_walks())
+    assert walks.reached.any()
+    walks.mark(np.zeros(len(walks.reached), bool))
+    assert_same(walks.read(tmp_path), walks.expected(walks.follows))
+
+
+def test_a_file_without_defects_is_read_as_by_its_flags(tmp_path):
+    walks = Walks(four_walks())
+    plain, repaired = walks.read(tmp_path, repair=False), walks.read(tmp_path)
+    assert len(plain["rewards"]) == len(walks.follows) - 4
+    assert_same(repaired, plain)
+
+
+def test_an_ant_that_walks_as_the_simulated_one_does_is_not_cut(tmp_path):
+    task = tasks.get("antmaze-umaze-v0")
+    rng = np.random.default_rng(0)
+    with task.world(4) as world:
+        world.reset(np.arange(4), rng)
+        seen = [world.observations.astype(np.float32)]
+        for t in range(100):
+            actions = rng.choice([-1.0, 1.0], (4, 8)) if t % 10 == 0 else actions
+            world.step(np.arange(4), actions, rng)
+            seen.append(world.observations.astype(np.float32))
+    made = arrays(4 * 101)
+    made["observations"] = np.stack(seen, axis=1).reshape(-1, 29)
+    made["infos/goal"] = np.repeat(np.arange(4), 101)[:, None].astype(np.float32) * np.ones((1, 2), np.float32)
+    made["terminals"][:] = False
+    read = datasets.read_hdf5(write(tmp_path / "a.hdf5", made), task, repair=True, log=quiet)
+    assert len(read["rewards"]) == 4 * 100
+
+
+UNREPAIRABLE = {
+    "no goals": lambda made: made.pop("infos/goal"),
+    "infos is an array": lambda made: made.update({"infos": made.pop("infos/goal")}),
+    "goals of another size": lambda made: made.update({"infos/goal": made["infos/goal"][:, :1]}),
+}
+
+
+@pytest.mark.parametrize("edit", UNREPAIRABLE.values(), ids=UNREPAIRABLE)
+def test_without_goals_there_is_no_repair(tmp_path, edit):
+    walks = Walks(four_walks())
+    edit(walks.made)
+    assert "has no infos/goal" in error_of(walks.read, tmp_path)
+    walks.read(tmp_path, repair=False)
+
+
+def test_a_repair_that_would_lose_every_terminal_is_refused(tmp_path):
+    walks = Walks(four_walks(goals=((20, 0), (20, 1), (20, 2), (20, 3))))
+    walks.mark(~walks.follows)
+    assert "cannot be repaired" in error_of(walks.read, tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -281,17 +551,17 @@ def folder(tmp_path, monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         closed = f"http://127.0.0.1:{free.getsockname()[1]}"
-    monkeypatch.setattr(datasets, "D4RL_URL", f"{closed}/offline_rl/")
-    monkeypatch.setattr(datasets, "MIRROR_URL", f"{closed}/mirror/")
-    monkeypatch.setattr(datasets, "TIMEOUT", 5)
+    monkeypatch.setattr(fetch, "D4RL_URL", f"{closed}/offline_rl/")
+    monkeypatch.setattr(fetch, "MIRROR_URL", f"{closed}/mirror/")
+    monkeypatch.setattr(fetch, "TIMEOUT", 5)
     return tmp_path / "d4rl"
 
 
 @pytest.fixture
 def server(folder, monkeypatch):
     server = Server()
-    monkeypatch.setattr(datasets, "D4RL_URL", f"{server.url}/offline_rl/")
-    monkeypatch.setattr(datasets, "MIRROR_URL", f"{server.url}/mirror/")
+    monkeypatch.setattr(fetch, "D4RL_URL", f"{server.url}/offline_rl/")
+    monkeypatch.setattr(fetch, "MIRROR_URL", f"{server.url}/mirror/")
     yield server
     server.http.shutdown()
     server.http.server_close()
@@ -371,6 +641,61 @@ def test_an_unknown_host_is_called_name_resolution(folder, generator, monkeypatc
     assert "download failed (name resolution)" in load("auto")[0].reason
 
 
+PEN = Task("pen-human-v1", 45, 24, 100, "hand_dapg_v1/pen-human-v1.hdf5", "adroit", False)
+
+
+def test_a_task_without_a_generator_says_which_file_goes_where(folder, generator):
+    by_hand = (
+        f"there are no generated data for pen-human-v1: put D4RL's hand_dapg_v1/pen-human-v1.hdf5 "
+        f"({fetch.D4RL_URL}hand_dapg_v1/pen-human-v1.hdf5) into {folder} as pen-human-v1.hdf5, or give --data PATH"
+    )
+    assert error_of(datasets.load, PEN, "generated", log=quiet) == by_hand
+    message = error_of(datasets.load, PEN, "auto", log=quiet)
+    assert message == f"no D4RL file in {folder}, download failed (connection refused); {by_hand}"
+    message = error_of(datasets.load, PEN, "d4rl", log=quiet)
+    assert "--data PATH" in message and "generated" not in message
+    assert generator == []
+
+
+def test_a_file_put_there_by_hand_is_found(folder, generator):
+    write(folder / "pen-human-v1.hdf5", arrays(state_dim=45, action_dim=24))
+    assert datasets.load(PEN, log=quiet).label == "D4RL pen-human-v1"
+
+
+def test_repaired_data_are_labelled_so_and_have_another_fingerprint(tmp_path, folder):
+    walks = Walks(four_walks())
+    walks.made["timeouts"] = np.arange(len(walks.follows)) % 29 == 28
+    write(folder / "Ant_maze.hdf5", walks.made)
+    write(tmp_path / "mine.hdf5", walks.made)
+    repaired, said = load("d4rl", repair=True)
+    assert repaired.label == "D4RL antmaze-umaze-v0, repaired" and "data: repaired: " in said
+    assert load("auto", repair=True)[0].label == repaired.label
+    assert load(tmp_path / "mine.hdf5", repair=True)[0].label == "file mine.hdf5 (task antmaze-umaze-v0), repaired"
+    plain, said = load("d4rl")
+    assert plain.label == "D4RL antmaze-umaze-v0" and "data: repaired" not in said
+    assert repaired.fingerprint()["crc32"] != plain.fingerprint()["crc32"]
+
+
+def test_what_cannot_be_repaired_is_not_called_broken(folder, generator):
+    write(folder / "Ant_maze.hdf5", arrays())
+    message = error_of(load, "d4rl", repair=True)
+    assert "leave out --repair-data" in message and "delete" not in message
+
+
+def test_nothing_is_known_to_be_broken_in_other_data(tmp_path, folder, server, generator):
+    for source in ("auto", "d4rl", tmp_path / "mine.hdf5"):
+        message = error_of(datasets.load, PEN, source, repair=True, log=quiet)
+        assert "nothing is known to be broken in pen-human-v1 data" in message and "--repair-data" in message
+    assert "nothing is known to be broken in generated data" in error_of(load, "generated", repair=True)
+    assert server.asked == [] and generator == []
+
+
+def test_data_to_be_repaired_are_not_replaced_by_generated_ones(folder, generator):
+    message = error_of(load, "auto", repair=True)
+    assert "download failed (connection refused)" in message and "--repair-data" in message
+    assert generator == []
+
+
 def test_d4rl_refuses_to_substitute_and_names_each_address_and_the_ways_on(folder, server, generator):
     server.files[SECOND] = b"<html>moved</html>"
     message = error_of(load, "d4rl")
@@ -410,9 +735,9 @@ def test_a_broken_generated_file_is_reported_with_its_path(folder, tmp_path, mon
 def test_the_d4rl_folder_is_d4rls_own(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("D4RL_DATASET_DIR", raising=False)
-    assert datasets.d4rl_folder() == tmp_path / ".d4rl/datasets"
+    assert fetch.d4rl_folder() == tmp_path / ".d4rl/datasets"
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "elsewhere"))
-    assert datasets.d4rl_folder() == tmp_path / "elsewhere"
+    assert fetch.d4rl_folder() == tmp_path / "elsewhere"
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -421,7 +746,7 @@ def test_the_d4rl_folder_is_d4rls_own(monkeypatch, tmp_path):
 def test_a_body_cut_short_is_discarded_and_the_mirror_is_asked(folder, server, body):
     server.files = {FIRST: body, SECOND: body}
     server.cut = {FIRST}
-    assert datasets.download(TASK) == server.url + SECOND
+    assert fetch.fetch(TASK) == server.url + SECOND
     assert server.asked == [FIRST, SECOND]
     assert (folder / "Ant_maze.hdf5").read_bytes() == body and os.listdir(folder) == ["Ant_maze.hdf5"]
 
@@ -431,7 +756,7 @@ def test_bodies_cut_short_everywhere_leave_nothing(folder, server, body, sized):
     server.files = {FIRST: body, SECOND: body}
     server.cut = {FIRST, SECOND}
     server.unsized = set() if sized else {FIRST, SECOND}
-    message = error_of(datasets.download, TASK)
+    message = error_of(fetch.fetch, TASK)
     assert (f"connection lost after {len(body) // 2:,}" if sized else "not a whole HDF5 file") in message
     assert os.listdir(folder) == []
 
@@ -445,7 +770,7 @@ def test_an_interrupt_leaves_nothing_and_goes_through(folder, server, body, gene
         raise KeyboardInterrupt
 
     server.files[FIRST] = body
-    monkeypatch.setattr(datasets, "_blocks", interrupted)
+    monkeypatch.setattr(fetch, "_blocks", interrupted)
     with pytest.raises(KeyboardInterrupt):
         load("auto")
     assert seen == [f"Ant_maze.hdf5.part-{os.getpid()}"]
@@ -463,7 +788,7 @@ def test_a_folder_that_cannot_be_written_is_named_before_the_network_is_asked(fo
 @pytest.mark.skipif(not Path("/sys").is_dir(), reason="needs a folder that root cannot write to either")
 def test_a_read_only_folder_is_reported_before_the_network_is_asked(server, monkeypatch):
     monkeypatch.setenv("D4RL_DATASET_DIR", "/sys")
-    assert "cannot write to /sys" in error_of(datasets.download, TASK)
+    assert "cannot write to /sys" in error_of(fetch.fetch, TASK)
     assert server.asked == []
 
 

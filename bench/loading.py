@@ -1,0 +1,124 @@
+"""How long a D4RL file of two million rows takes to load, and how much memory.
+
+    python -m bench.loading                                # two shapes, plain and gzip, into bench/results/loading.json: two minutes
+    python -m bench.loading --rows 200000 --out elsewhere  # smaller files
+
+The files hold random numbers in float32 and flags in bool, in D4RL's layout and with the chunks that h5py chooses when it
+compresses: observations, actions, rewards, terminals, timeouts. Each is loaded in fresh processes, from the system's file cache.
+Data are these arrays, uncompressed; peak is by how much a process was ever larger than before it loaded them, the data set that
+it then holds included. Linux only.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+import tasks
+
+ROOT = Path(__file__).resolve().parents[1]
+TASKS = ("antmaze-umaze-v0", "halfcheetah-medium-expert-v2")  # the second one's file has two million rows
+ROWS = 1 << 16  # made at a time
+MIB = 1 << 20
+
+
+def make(path: Path, task, n: int, compression: str | None = None) -> int:
+    """Write a file of n rows for task. -> the size of its arrays in bytes"""
+    rng = np.random.default_rng(0)
+    columns = {
+        "observations": lambda i: rng.standard_normal((len(i), task.state_dim), np.float32),
+        "actions": lambda i: rng.uniform(-1, 1, (len(i), task.action_dim)).astype(np.float32),
+        "rewards": lambda i: rng.standard_normal(len(i), np.float32),
+        "terminals": lambda i: rng.random(len(i)) < 0.01,
+        "timeouts": lambda i: (i + 1) % task.episode_limit == 0,
+    }
+    with h5py.File(path, "w") as file:
+        for key, column in columns.items():
+            first = column(np.arange(1))
+            array = file.create_dataset(key, (n, *first.shape[1:]), first.dtype, compression=compression)
+            for start in range(0, n, ROWS):
+                array[start : start + ROWS] = column(np.arange(start, min(start + ROWS, n)))
+        return sum(array.nbytes for array in file.values())
+
+
+def measure(path: Path, task_name: str) -> dict:
+    """Load a file in a new process. -> seconds, and in bytes its peak and what the data set takes"""
+    call = f"from bench.loading import load; load({str(path)!r}, {task_name!r})"
+    run = subprocess.run([sys.executable, "-c", call], cwd=ROOT, capture_output=True, text=True)
+    if run.returncode:
+        raise SystemExit(f"loading {path} failed: {(run.stderr.strip() or 'no reason given').splitlines()[-1]}")
+    return json.loads(run.stdout)
+
+
+def load(path: str, task_name: str) -> None:
+    """Load and print what measure returns, as JSON."""
+    task = tasks.get(task_name)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: imports have one of their own
+    before, start = resident("VmRSS"), time.perf_counter()
+    dataset = tasks.load(task, path, log=lambda line: None)
+    seconds, peak = time.perf_counter() - start, resident("VmHWM") - before
+    arrays = dataset.observations, dataset.actions, dataset.next_observations, dataset.rewards, dataset.terminals
+    print(json.dumps({"seconds": seconds, "peak": peak, "result": sum(array.nbytes for array in arrays)}))
+
+
+def resident(which: str) -> int:
+    """Bytes of this process in memory: VmRSS now, VmHWM at most. Not ru_maxrss, which begins with the parent's."""
+    return 1024 * int(re.search(rf"^{which}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)[1])
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=2_000_000)
+    parser.add_argument("--repeats", type=int, default=3, help="processes a file")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder of the results")
+    options = parser.parse_args(argv)
+    if options.rows < 2 or options.repeats < 1:
+        raise SystemExit("--rows must be at least 2 and --repeats at least 1")
+    if not Path("/proc/self/clear_refs").exists():
+        raise SystemExit("bench.loading reads a process's memory from /proc: it needs Linux")
+    figures = []
+    for name in TASKS:
+        for compression in (None, "gzip"):
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "made.hdf5"
+                try:
+                    data = make(path, tasks.get(name), options.rows, compression)
+                except OSError as error:
+                    why = error.strerror or error
+                    raise SystemExit(f"cannot write {path}: {why}; set TMPDIR to a folder with more room") from error
+                found = [measure(path, name) for _ in range(options.repeats)]
+                disk = path.stat().st_size
+            peak = max(one["peak"] for one in found)
+            figures.append({
+                "task": name,
+                "compression": compression or "none",
+                "rows": options.rows,
+                "file MiB": round(disk / MIB, 1),
+                "data MiB": round(data / MIB, 1),
+                "seconds": round(statistics.median(one["seconds"] for one in found), 3),
+                "result MiB": round(found[0]["result"] / MIB, 1),
+                "peak MiB": round(peak / MIB, 1),
+                "peak / data": round(peak / data, 3),
+            })  # fmt: skip
+            print(", ".join(f"{key} {value}" for key, value in figures[-1].items()), flush=True)
+    save(figures, options)
+
+
+def save(figures: list[dict], options: argparse.Namespace) -> None:
+    from bench.machine import describe  # only here: they bring torch, and a process that is measured should be small
+    from run_folder import save_json
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    save_json(options.out / "loading.json", {**describe(), "repeats": options.repeats, "figures": figures})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,195 @@
+"""tasks/minari.py: a local Minari data set as a task's transitions, and what it is refused for."""
+
+import sys
+import warnings
+from dataclasses import dataclass
+
+import h5py
+import numpy as np
+import pytest
+from gymnasium import spaces
+
+from tasks import datasets
+from tasks.task import TaskError
+
+minari = pytest.importorskip("minari")
+EpisodeBuffer = pytest.importorskip("minari.data_collector").EpisodeBuffer
+
+
+@dataclass(frozen=True)
+class Task:
+    name: str = "hopper-medium-v2"
+    family: str = "locomotion"
+    state_dim: int = 11
+    action_dim: int = 3
+
+
+NAME = "tests/hopper-v0"
+BOX = spaces.Box(-np.inf, np.inf, (11,), np.float64)
+ACTIONS = spaces.Box(-1.0, 1.0, (3,), np.float32)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    return tmp_path
+
+
+def episode(number: int, steps: int, **flags) -> EpisodeBuffer:
+    """Random numbers; flags: terminated or truncated at the last step."""
+    rng = np.random.default_rng(number)
+    last = np.arange(steps) == steps - 1
+    return EpisodeBuffer(
+        id=number,
+        observations=rng.standard_normal((steps + 1, 11)),
+        actions=rng.uniform(-1, 1, (steps, 3)).astype(np.float32),
+        rewards=rng.standard_normal(steps),
+        terminations=last & flags.get("terminated", False),
+        truncations=last & flags.get("truncated", False),
+    )
+
+
+EPISODES = [
+    episode(0, 5, terminated=True),
+    episode(1, 1, truncated=True),
+    episode(2, 7, truncated=True),
+    episode(3, 4, terminated=True),
+]
+
+
+def create(episodes, observation_space=BOX, action_space=ACTIONS, name=NAME):
+    with warnings.catch_warnings():  # about authors and descriptions
+        warnings.simplefilter("ignore")
+        minari.create_dataset_from_buffers(name, episodes, observation_space=observation_space, action_space=action_space)
+
+
+def load(source=f"minari:{NAME}", **options):
+    lines = []
+    return datasets.load(Task(), source, log=lines.append, **options), lines
+
+
+def error_of(source=f"minari:{NAME}", **options) -> str:
+    with pytest.raises(TaskError) as caught:
+        load(source, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_every_step_is_a_transition_and_only_terminations_are_terminal():
+    create(EPISODES)
+    data, _ = load()
+    for column, expected in {
+        "observations": [e.observations[:-1] for e in EPISODES],
+        "next_observations": [e.observations[1:] for e in EPISODES],
+        "actions": [e.actions for e in EPISODES],
+        "rewards": [e.rewards for e in EPISODES],
+    }.items():
+        read = getattr(data, column)
+        np.testing.assert_array_equal(read, np.concatenate(expected).astype(np.float32), err_msg=column)
+        assert read.dtype == np.float32, column
+    assert data.terminals.dtype == bool
+    assert np.flatnonzero(data.terminals).tolist() == [4, 16]
+
+
+def test_the_label_says_that_scores_are_not_d4rls():
+    create(EPISODES)
+    data, lines = load()
+    assert (data.source, data.label) == ("minari", f"Minari {NAME} (its scores are not D4RL's)")
+    assert lines == [f"data: {data.reason}"] and NAME in data.reason
+
+
+def test_a_missing_data_set_is_named_with_its_download_and_the_local_ones():
+    assert "minari download mujoco/hopper/medium-v0" in error_of("minari:mujoco/hopper/medium-v0")
+    create(EPISODES)
+    message = error_of("minari:mujoco/hopper/medium-v0")
+    assert "'mujoco/hopper/medium-v0'" in message and f"only {NAME};" in message
+
+
+@pytest.mark.parametrize("name", ["", "no name of Minari's", "../elsewhere-v0"])
+def test_a_name_that_is_none_is_an_error_and_nothing_else(folder, name):
+    (folder / "not a data set" / "data").mkdir(parents=True)
+    assert "there is no local Minari data set" in error_of(f"minari:{name}")
+
+
+def test_without_the_package_the_command_that_installs_it_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "minari", None)
+    assert "pip install minari" in error_of()
+
+
+SIZES = {"observation": 7, "achieved_goal": 2, "desired_goal": 2}
+GOALS = spaces.Dict({part: spaces.Box(-1, 1, (size,)) for part, size in SIZES.items()})
+SPACES = {
+    "goals": (GOALS, ACTIONS, ["observations in a Dict space of achieved_goal, desired_goal, observation", "11 numbers"]),
+    "discrete actions": (BOX, spaces.Discrete(3), ["actions in a Discrete space", "3 numbers"]),
+    "another size": (spaces.Box(-1, 1, (17,)), ACTIONS, ["observations of shape (17,)", "(11,)"]),
+    "other actions": (BOX, spaces.Box(-1, 1, (6,)), ["actions of shape (6,)", "(3,)"]),
+}
+
+
+@pytest.mark.parametrize("observation_space, action_space, words", SPACES.values(), ids=SPACES)
+def test_other_observations_and_actions_than_the_tasks_are_refused(observation_space, action_space, words):
+    def many(space, n):
+        if isinstance(space, spaces.Dict):
+            return {key: many(part, n) for key, part in space.items()}
+        return np.stack([space.sample() for _ in range(n)])
+
+    flags = np.zeros(5, bool)
+    made = EpisodeBuffer(
+        id=0,
+        observations=many(observation_space, 6),
+        actions=many(action_space, 5),
+        rewards=np.zeros(5),
+        terminations=flags,
+        truncations=flags,
+    )
+    create([made], observation_space, action_space)
+    message = error_of()
+    for word in [NAME, "hopper-medium-v2", *words]:
+        assert word in message
+
+
+def test_values_that_are_not_finite_and_actions_outside_the_box_are_named_with_their_episode():
+    bad = [episode(0, 4), episode(1, 4)]
+    bad[1].observations[3, 2] = np.nan
+    create(bad)
+    assert "episode 1: observations has nan in row 3" in error_of()
+    bad = [episode(0, 4), episode(1, 4)]
+    bad[1].actions[2, 1] = 1.5
+    create(bad, action_space=spaces.Box(-2.0, 2.0, (3,), np.float32), name="tests/wide-v0")
+    assert "episode 1: actions has 1.5 in row 2, outside [-1, 1]" in error_of("minari:tests/wide-v0")
+
+
+def edit(folder, change):
+    with h5py.File(folder / NAME / "data" / "main_data.hdf5", "a") as file:
+        change(file)
+
+
+def shorten(file):
+    observations = file["episode_2/observations"][:2]
+    del file["episode_2/observations"]
+    file["episode_2/observations"] = observations
+
+
+DAMAGE = {
+    "a short column": shorten,
+    "a missing column": lambda file: file.__delitem__("episode_1/rewards"),
+    "a missing episode": lambda file: file.__delitem__("episode_3"),
+}
+
+
+@pytest.mark.parametrize("change", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_data_set_is_an_error(folder, change):
+    create(EPISODES)
+    edit(folder, change)
+    assert f"Minari's {NAME} is damaged" in error_of()
+
+
+def test_a_data_set_without_its_description_cannot_be_opened(folder):
+    create(EPISODES)
+    (folder / NAME / "data" / "metadata.json").unlink()
+    assert f"Minari's {NAME} cannot be opened" in error_of()
+
+
+def test_there_is_nothing_to_repair():
+    create(EPISODES)
+    assert "nothing is known to be broken" in error_of(repair=True)
