@@ -48,11 +48,12 @@ class UserError(RuntimeError):
 class Config:
     env: str = "antmaze-umaze-v0"  # D4RL task name; an unknown one lists the nearest
     algo: str = "ql"  # ql: Diffusion-QL; bc: behaviour cloning with the same diffusion policy
-    data: str = "auto"  # auto: D4RL's file, else download, else generate; or d4rl, generated, or the path of an HDF5 file
+    data: str = "auto"  # auto: D4RL's file, else download, else generate; or d4rl, generated, minari:NAME, or the path of an HDF5 file
+    repair_data: bool = False  # antmaze: read D4RL's file without its known defects; published scores are of the file as it is
     n_generated: int = 1_000_000  # transitions to generate where D4RL's file is not used
     seed: int = 0  # of everything: initial weights, minibatches, noise, evaluation
     seeds: tuple[int, ...] = ()  # instead of seed: as many agents side by side on the same data, each as if alone, a run each
-    quick: bool = False  # for a laptop: 15 epochs, rates 3e-3 and 1e-3 decaying to 0, tau 0.02, 50 episodes, max-Q, sparse, 0.1·η
+    quick: bool = False  # 15 epochs, rates 3e-3, 1e-3 decaying to 0, tau 0.02, at most 50 episodes; mazes: max-Q, sparse, 0.1·η
     out: str = "runs"  # folder that gets one folder per run
     device: str = "auto"  # auto: cuda when there is one; or cpu, cuda, cuda:1, ...
     threads: int = 0  # CPU threads for torch and MuJoCo; 0: all cores
@@ -87,7 +88,8 @@ class Config:
 
     resume: tuple[str, ...] = ()  # folder of an interrupted run to continue, bit for bit; or of several that differ in their seeds
     eval: str = ""  # folder of a run to evaluate instead of training
-    which: str = "last"  # with --eval: last, best, offline or offline_released
+    export: tuple[str, ...] = ()  # RUN FILE.pt2: instead of training, write a run's policy for use without this project
+    which: str = "last"  # with --eval and --export: last, best, offline or offline_released
     episodes: int = 0  # with --eval: episodes to run; 0: eval_episodes
     render: str = ""  # with --eval: a .gif to film one episode into
 
@@ -140,8 +142,8 @@ def recipe_config(env: str, quick: bool = False) -> Config:
         config = replace(config, eval_episodes=10)
     if quick:
         # In 15k updates the paper's τ = 0.005 carries a reward 75 Bellman steps back; the maze is 160 steps long.
-        config = replace(config, epochs=15, eval_every=5, eval_episodes=50, lr=3e-3, critic_lr=1e-3, tau=0.02, lr_decay="cosine")
-        config = replace(config, matmul_precision="medium")
+        config = replace(config, epochs=15, eval_every=5, lr=3e-3, critic_lr=1e-3, tau=0.02, lr_decay="cosine")
+        config = replace(config, eval_episodes=min(config.eval_episodes, 50), matmul_precision="medium")
         if config.reward_tune == "cql":
             # Q need not first fall to -200 everywhere. It still is wrong for much of so short a run, so it pulls the policy a
             # tenth as hard, and mostly chooses: among ten actions for the target, among all candidates when acting.
@@ -968,7 +970,7 @@ def train(config: Config) -> list:
         RunFolder.require_writable(config.out)
     # Every seed of a run learns from the same data.
     log = lambda line: print(line, flush=True)  # noqa: E731
-    dataset = tasks.load(task, config.data, seed=0, n_generated=config.n_generated, log=log)
+    dataset = tasks.load(task, config.data, seed=0, n_generated=config.n_generated, repair=config.repair_data, log=log)
     data = dataset.fingerprint()
     # Each is the run that it would be alone, and can be resumed and evaluated alone.
     configs = [replace(config, seed=seed, seeds=(), resume=()) for seed in config.seeds or (config.seed,)]
@@ -1092,7 +1094,7 @@ def evaluate_and_record(config, agent, task, label, run, whose):
     bc_loss = float(np.mean([r["bc_loss"] for r in run.records if r["kind"] == "epoch" and r["step"] > since]))
     weights = {k: v for k, v in agent.state_dict().items() if k.startswith(tuple(f"{m}." for m in agent.networks()))}
     save_tensors(run.checkpoint(step), weights, {"step": step, "score": score, "data": label})
-    task.draw_paths(episodes, run.path / f"paths_{step:08d}.png", f"{config.env}, update {step:,}: score {score:.1f}\n{label}")
+    task.draw(episodes, run.path / f"episodes_{step:08d}.png", f"{config.env}, update {step:,}: score {score:.1f}\n{label}")
     mean_length = float(np.mean(episodes.lengths))
     run.log("evaluation", step, score=score, bc_loss=bc_loss, mean_length=mean_length, seconds=seconds, data=label)
     run.select(config.top_k)
@@ -1101,26 +1103,47 @@ def evaluate_and_record(config, agent, task, label, run, whose):
 
 
 def evaluate_run(config: Config):
-    """--eval: load a run's chosen checkpoint, evaluate it, draw the paths, and film an episode if asked."""
+    """--eval: load a run's chosen checkpoint, evaluate it, draw the episodes, and film an episode if asked."""
+    import tasks
+
+    run, task, agent, chosen = load_run(config.eval, config)
+    choose_acting(config, [agent])
+    score, episodes = evaluate(agent, task, config, config.episodes or config.eval_episodes, chosen["step"] + 1)
+    title = f"{config.env}, {config.which} (update {chosen['step']:,}): score {score:.1f}"
+    picture = run.path / f"episodes_eval_{config.which}.png"
+    task.draw(episodes, picture, f"{title}\n{chosen['data']}")
+    spread = float(np.std(task.normalized_score(episodes.returns)) / math.sqrt(len(episodes.returns)))
+    print(f"{title} ± {spread:.1f} (standard error of {len(episodes.returns)} episodes; {chosen['data']}); picture in {picture}")
+    if config.render:
+        generator = torch.Generator(agent.device).manual_seed(config.seed)
+        act = lambda state: agent.act(state, config.n_candidates, generator=generator)  # noqa: E731
+        print(f"filmed one episode with return {tasks.film(config.env, act, config.render, config.seed):.1f}: {config.render}")
+
+
+def export_run(config: Config):
+    """--export: load a run's chosen checkpoint and write its policy for use without this project."""
+    from export import export_policy
+
+    folder, file = config.export
+    run, _, agent, chosen = load_run(folder, config)
+    made = run.config()
+    facts = {"run": run.path.resolve().name, "task": config.env, **chosen, "crc32": made["data"]["crc32"]}
+    facts |= {"seed": config.seed, "quick": config.quick, "versions": made["versions"]}
+    for path in export_policy(agent, file, n_candidates=config.n_candidates, facts=facts):
+        print(f"wrote {path}, {path.stat().st_size:,} bytes")
+    print(f"{config.env}, {config.which} (update {chosen['step']:,}): score {chosen['score']:.1f} ({chosen['data']})")
+
+
+def load_run(folder: str, config: Config):
+    """-> a run, its task, its agent with the weights that --which chooses, and that line of its selection"""
     import tasks
     from run_folder import RunFolder, load_json, restore
 
-    run, task, device = RunFolder(config.eval), tasks.get(config.env), choose_device(config)
-    selection = load_json(run.path / "selection.json")
-    chosen = selection[config.which]
-    agent = make_agent(config, task, device)
-    choose_acting(config, [agent])
+    run, task = RunFolder(folder), tasks.get(config.env)
+    chosen = load_json(run.path / "selection.json")[config.which]
+    agent = make_agent(config, task, choose_device(config))
     restore(agent, run.path / chosen["checkpoint"], weights_only=True)
-    score, episodes = evaluate(agent, task, config, config.episodes or config.eval_episodes, chosen["step"] + 1)
-    title = f"{config.env}, {config.which} (update {chosen['step']:,}): score {score:.1f}"
-    picture = run.path / f"paths_eval_{config.which}.png"
-    task.draw_paths(episodes, picture, f"{title}\n{chosen['data']}")
-    spread = float(np.std(task.normalized_score(episodes.returns)) / math.sqrt(len(episodes.returns)))
-    print(f"{title} ± {spread:.1f} (standard error of {len(episodes.returns)} episodes; {chosen['data']}); paths in {picture}")
-    if config.render:
-        generator = torch.Generator(device).manual_seed(config.seed)
-        act = lambda state: agent.act(state, config.n_candidates, generator=generator)  # noqa: E731
-        print(f"filmed one episode with return {tasks.film(config.env, act, config.render, config.seed):.1f}: {config.render}")
+    return run, task, agent, chosen
 
 
 def choose_device(config: Config) -> torch.device:
@@ -1171,8 +1194,10 @@ def check(config: Config) -> None:
             raise UserError(f"--seeds must be at least 0 and less than 2**31, not {seed}")
     if len(set(config.seeds)) < len(config.seeds):
         raise UserError(f"--seeds {' '.join(map(str, config.seeds))} names a seed twice: two agents would be the same")
-    if config.resume and config.eval:
-        raise UserError("--resume and --eval exclude each other")
+    if bool(config.resume) + bool(config.eval) + bool(config.export) > 1:
+        raise UserError("--resume, --eval and --export exclude each other")
+    if config.export and len(config.export) != 2:
+        raise UserError(f"--export takes a run and a file to write, as in --export runs/NAME policy.pt2, not {len(config.export)} names")
     if config.render and not config.eval:
         raise UserError("--render films a finished run: name it with --eval")
 
@@ -1186,12 +1211,13 @@ def parse_arguments(argv: list[str]) -> Config:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for option in ("--env", "--eval"):
         first.add_argument(option)
-    first.add_argument("--resume", nargs="+", default=[])
+    for option in ("--resume", "--export"):
+        first.add_argument(option, nargs="+", default=[])
     first.add_argument("--quick", action="store_true")
     chosen, _ = first.parse_known_args(argv)
-    if "" in (*chosen.resume, chosen.eval):  # what a script with an unset variable passes: not a new run
-        raise UserError("--resume and --eval take the folder of a run, for example runs/NAME; got an empty name")
-    folders = chosen.resume or ([chosen.eval] if chosen.eval else [])
+    if "" in (*chosen.resume, chosen.eval, *chosen.export):  # what a script with an unset variable passes: not a new run
+        raise UserError("--resume, --eval and --export take the folder of a run, for example runs/NAME; got an empty name")
+    folders = chosen.resume or ([chosen.eval] if chosen.eval else chosen.export[:1])
     if folders:
         made = [saved_config(folder) for folder in folders]
         default = made[0]
@@ -1207,11 +1233,12 @@ def parse_arguments(argv: list[str]) -> Config:
     config = tyro.cli(Config, args=argv, default=default, description=__doc__.split("\n\nThe algorithm (")[0])
     check(config)
     if folders:
-        free = "resume threads backend" if config.resume else "eval which episodes render device threads backend seed n_candidates"
+        free = "eval which episodes render device threads backend seed n_candidates"
+        free = "resume threads backend" if config.resume else "export which device threads n_candidates" if config.export else free
         changed = [k for k, v in asdict(config).items() if k not in free.split() and v != getattr(default, k)]
         if changed:
             raise UserError(f"{folders[0]} was made with another --{changed[0].replace('_', '-')}, and keeps its own")
-    if config.data not in ("auto", "d4rl", "generated"):
+    if config.data not in ("auto", "d4rl", "generated") and not config.data.startswith("minari:"):
         config.data = str(Path(config.data).expanduser().absolute())  # so that the run can be resumed from any folder
     return config
 
@@ -1221,7 +1248,7 @@ def saved_config(folder: str) -> Config:
     from run_folder import RunFolder
 
     try:
-        return Config(**{**RunFolder(folder).config()["config"], "seeds": (), "resume": (), "eval": ""})
+        return Config(**{**RunFolder(folder).config()["config"], "seeds": (), "resume": (), "eval": "", "export": ()})
     except (KeyError, TypeError) as e:
         raise UserError(f"{folder}/config.json is not one that this version of dql.py wrote: {e}") from e
 
@@ -1232,9 +1259,14 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         config = parse_arguments(sys.argv[1:] if argv is None else argv)
-        evaluate_run(config) if config.eval else train(config)
+        what = evaluate_run if config.eval else export_run if config.export else train
+        what(config)
     except (UserError, TaskError, RunError) as e:
         print(f"error: {e}", file=sys.stderr)
+        return 1
+    except (MemoryError, torch.OutOfMemoryError) as e:
+        where = "the GPU's memory" if isinstance(e, torch.OutOfMemoryError) else "memory"
+        print(f"error: {where} is full ({first_line(e)}); take fewer --seeds, --n-candidates or a smaller --batch-size", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

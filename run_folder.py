@@ -6,7 +6,7 @@
     resume.safetensors       everything an exact continuation needs, replaced whole at each save
     checkpoints/step_N.safetensors   the networks at each evaluation
     selection.json           which of them is last, best, offline, offline_released, with their scores
-    paths_N.png, curve.png   the evaluated paths, and scores and BC loss so far
+    episodes_N.png, curve.png   the evaluated episodes, and scores and BC loss so far
 
 Tensors are stored as safetensors, the rest as JSON; nothing is pickled. Every file is written under a temporary name and
 moved when whole, so that a run killed at any moment leaves files that can be read.

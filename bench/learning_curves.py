@@ -118,7 +118,7 @@ def draw(runs: list[dict], folders: list[Path], env: str, path: Path) -> None:
     *pictures, axes = figure.subplots(1, len(algos) + 1, width_ratios=[1] * len(algos) + [1.4])
     for picture, algo in zip(pictures, algos):
         run, folder = next((r, f) for r, f in zip(runs, folders) if r["algo"] == algo)
-        picture.imshow(imread(folder / f"paths_{run['evaluations'][-1]['step']:08d}.png"))
+        picture.imshow(imread(folder / f"episodes_{run['evaluations'][-1]['step']:08d}.png"))
         picture.set_title(NAMES[algo], fontsize=10)
         picture.axis("off")
     for algo in algos:

@@ -45,7 +45,7 @@ def shorten_episodes(set_item=dict.__setitem__):
 
 
 def draw_nothing(set_attribute=setattr):
-    set_attribute(tasks.AntMaze, "draw_paths", lambda *_: None)
+    set_attribute(tasks.Task, "draw", lambda *_: None)
     set_attribute(run_folder.RunFolder, "draw_curve", lambda *_: None)
 
 
@@ -132,7 +132,7 @@ def test_a_run_leaves_everything_a_reader_looks_for(tmp_path, data, capsys):
     assert int(load_file(run / "resume.safetensors")["step"]) == 20
 
     assert list(run.glob("events.out.tfevents.*"))
-    for picture in ("curve.png", "paths_00000010.png", "paths_00000020.png"):
+    for picture in ("curve.png", "episodes_00000010.png", "episodes_00000020.png"):
         assert (run / picture).read_bytes().startswith(b"\x89PNG"), picture
     assert not list(run.rglob("*.part")) and not list(run.rglob("*.pkl")) and not list(run.rglob("*.pt"))
 
@@ -140,6 +140,23 @@ def test_a_run_leaves_everything_a_reader_looks_for(tmp_path, data, capsys):
     assert all(label in line for line in lines if "score" in line)
     summary = lines[lines.index(f"normalised scores, {label}:") + 1 :]
     assert [line.split()[0] for line in summary] == ["last", "best", "offline", "offline_released"]
+
+
+@pytest.mark.parametrize("name", tasks.names())
+def test_every_task_trains_evaluates_and_is_scored_on_a_file_of_its_shape(tmp_path, monkeypatch, capsys, no_pictures, name):
+    """With the paper's recipe for it, rewards tuned as it says; and evaluated again from its folder."""
+    task = dataclasses.replace(tasks.get(name), episode_limit=3)
+    monkeypatch.setitem(tasks._TASKS, name, task)
+    file = write_hdf5(tmp_path / "data.hdf5", state_dim=task.state_dim, action_dim=task.action_dim)
+    size = "--epochs 1 --updates-per-epoch 2 --eval-every 1".split()
+    assert dql.main([*TINY, "--env", name, "--data", str(file), "--out", str(tmp_path / "runs"), *size]) == 0
+    run = the_run(tmp_path / "runs")
+    (evaluation,) = records(run, "evaluation")
+    assert np.isfinite(evaluation["score"]) and np.isfinite(records(run, "epoch")[0]["bc_loss"])
+    assert json.loads((run / "config.json").read_text())["config"]["eta"] == dql.RECIPES[name].eta
+    capsys.readouterr()
+    assert dql.main(["--eval", str(run), "--episodes", "2", "--threads", "1", "--device", "cpu"]) == 0
+    assert f"{name}, last (update 2)" in capsys.readouterr().out
 
 
 def test_tensorboard_holds_the_logged_numbers(tmp_path, data, no_pictures):
@@ -517,6 +534,8 @@ def test_compiled_updates_are_the_eager_ones(data):
 class Film:
     """Stands in for the gymnasium environment: n steps, then done; its pictures are grey and grow lighter."""
 
+    metadata = {"render_fps": 10}
+
     def __init__(self, n=6):
         self.n, self.t, self.closed = n, 0, False
 
@@ -545,7 +564,7 @@ def test_a_run_is_evaluated_by_each_rule_with_a_picture(tmp_path, data, capsys):
         step = json.loads((run / "selection.json").read_text())[which]["step"]
         assert f"{which} (update {step})" in printed and f"file tiny.hdf5 (task {ENV})" in printed
         assert "3 episodes" in printed
-        assert (run / f"paths_eval_{which}.png").read_bytes().startswith(b"\x89PNG")
+        assert (run / f"episodes_eval_{which}.png").read_bytes().startswith(b"\x89PNG")
     assert (run / "log.jsonl").read_text() == before
 
 
@@ -613,7 +632,7 @@ PAPER = {row.split()[0]: row.split()[1:] for row in PAPER.strip().splitlines()}
 @pytest.mark.parametrize("env", PAPER)
 def test_a_task_has_the_papers_recipe(env):
     eta, max_q, reward_tune, epochs, grad_norm, top_k, lr = PAPER[env]
-    config = dql.parse_arguments(["--env", env]) if env in tasks.names() else dql.recipe_config(env)
+    config = dql.parse_arguments(["--env", env])
     assert config.env == env and config.algo == "ql"
     assert (config.eta, config.grad_norm, config.lr) == (float(eta), float(grad_norm), float(lr))
     assert (config.max_q_backup, config.reward_tune) == (max_q == "yes", reward_tune)
@@ -627,7 +646,7 @@ def test_a_task_has_the_papers_recipe(env):
 
 
 def test_every_task_has_a_recipe():
-    assert set(tasks.names()) <= set(PAPER) == set(dql.RECIPES)
+    assert set(tasks.names()) == set(PAPER) == set(dql.RECIPES)
 
 
 OVERRIDES = {
@@ -643,8 +662,8 @@ OVERRIDES = {
 @pytest.mark.parametrize("quick", [[], ["--quick"]], ids=["paper", "quick"])
 def test_any_field_can_be_set_over_any_recipe(quick):
     env = ["--env", "antmaze-large-play-v0", *quick]
-    flags = {"max_q_backup", "quick"}
-    assert OVERRIDES.keys() | flags | {"env", "seeds", "resume", "eval", "render"} == {f.name for f in dataclasses.fields(dql.Config)}
+    flags = {"max_q_backup", "quick", "repair_data"}
+    assert OVERRIDES.keys() | flags | {"env", "seeds", "resume", "eval", "export", "render"} == {f.name for f in dataclasses.fields(dql.Config)}
     recipe = dql.parse_arguments(env)
     for field, value in OVERRIDES.items():
         config = dql.parse_arguments([*env, f"--{field.replace('_', '-')}", str(value)])
@@ -669,12 +688,13 @@ def test_quick_changes_what_it_says_and_nothing_else(env):
         "quick", "epochs", "eval_every", "eval_episodes", "lr", "critic_lr", "lr_decay", "tau", "matmul_precision", "reward_tune",
         "eta", "max_q_backup"
     }  # fmt: skip
-    assert quick.reward_tune == "sparse" and quick.eta == pytest.approx(0.1 * paper.eta)
-    assert (quick.lr, quick.critic_lr, quick.lr_decay, quick.max_q_backup) == (3e-3, 1e-3, "cosine", True)
+    assert (quick.lr, quick.critic_lr, quick.lr_decay, quick.tau) == (3e-3, 1e-3, "cosine", 0.02)
+    assert quick.eval_episodes == min(paper.eval_episodes, 50)
+    maze = tasks.get(env).family == "antmaze"
+    assert (quick.reward_tune, quick.max_q_backup) == (("sparse", True) if maze else (paper.reward_tune, paper.max_q_backup))
+    assert quick.eta == pytest.approx(0.1 * paper.eta if maze else paper.eta)
     said = comments()["quick"]
-    for words in (f"{quick.epochs} epochs", f"tau {quick.tau}", f"{quick.eval_episodes} episodes", "3e-3", "1e-3"):
-        assert words in said
-    for words in ("max-Q", "sparse", "0.1·η"):
+    for words in (f"{quick.epochs} epochs", f"tau {quick.tau}", "at most 50 episodes", "3e-3", "1e-3", "mazes: max-Q, sparse, 0.1·η"):
         assert words in said
 
 
