@@ -155,6 +155,14 @@ def test_a_folder_for_runs_that_cannot_be_made_is_noticed_before_the_data_are_re
     assert str(tmp_path / "file") in message and "--out" in message
 
 
+def test_an_export_takes_a_run_and_a_file(capsys, tmp_path, finished):
+    assert "--export runs/NAME policy.pt2" in refused(capsys, "--export", finished)
+    assert "exclude each other" in refused(capsys, "--export", finished, tmp_path / "policy.pt2", "--eval", finished)
+    assert ".pt2" in refused(capsys, "--export", finished, tmp_path / "policy.onnx")
+    assert str(tmp_path / "run") in refused(capsys, "--export", tmp_path / "run", tmp_path / "policy.pt2")
+    assert not (tmp_path / "policy.pt2").exists()
+
+
 def test_filming_without_a_run_to_film_is_refused(capsys, data):
     assert "--eval" in refused(capsys, "--data", data, "--render", "ant.gif")
 
@@ -360,6 +368,19 @@ def test_evaluating_with_what_a_run_was_not_trained_with_is_refused(capsys, run,
 
 # ---------------------------------------------------------------------------------------------------------------------
 # In the middle of things
+
+
+@pytest.mark.parametrize("error, whose", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the manual."), "the GPU's memory is full (CUDA out"),
+    (MemoryError("Unable to allocate 7.45 GiB for an array"), "memory is full (Unable to allocate"),
+])  # fmt: skip
+def test_a_full_memory_says_what_would_take_less(capsys, tmp_path, data, monkeypatch, error, whose):
+    def full(self, batch, noise=None):
+        raise error
+
+    monkeypatch.setattr(dql.DiffusionQL, "update", full)
+    message = stopped(capsys, *TINY, "--data", data, "--out", tmp_path / "out")
+    assert whose in message and "--batch-size" in message
 
 
 def act_with(monkeypatch, value):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from bench import acting, precision, sampling, timing, training
+from bench import acting, evaluation, precision, sampling, timing, training
 from bench.straightforward import StraightforwardDQL
 from dql import DiffusionQL
 
@@ -180,3 +180,24 @@ def test_results_are_named_after_the_device():
 def test_the_yardstick_is_independent_of_dql():
     source = (ROOT / "bench/straightforward.py").read_text()
     assert "import dql" not in source and "from dql" not in source
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def test_stepping_is_measured_for_each_way_and_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, "LIMIT", 2)
+    monkeypatch.setattr(evaluation, "FEW", 2)
+    evaluation.main(["--tasks", "hopper-medium-v2", "--threads", "1", "--rounds", "1", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    rates = found["steps_per_second"]["hopper-medium-v2"]
+    assert list(rates) == ["10 episodes", "2 episodes", "SyncVectorEnv, 2", "AsyncVectorEnv, 2"]
+    assert min(rates.values()) > 0 and found["threads"] == 1 and "hopper-medium-v2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("bad", [["--tasks", "hopper-v2"], ["--rounds", "0"], ["--threads", "-1"]])
+def test_stepping_refuses_what_cannot_be_measured_in_one_line(bad):
+    with pytest.raises(SystemExit) as end:
+        evaluation.main(bad)
+    assert isinstance(end.value.code, str) and "\n" not in end.value.code

@@ -531,6 +531,18 @@ def test_compiled_updates_are_the_eager_ones(data):
 # Evaluating a run
 
 
+def test_a_run_is_exported_by_its_chosen_checkpoint(tmp_path, data, no_pictures, capsys):
+    run, file = train(data, tmp_path / "runs"), tmp_path / "policy.pt2"
+    assert dql.main(["--export", str(run), str(file), "--which", "best", "--device", "cpu"]) == 0
+    assert f"wrote {file}" in capsys.readouterr().out
+    about, best = json.loads(file.with_suffix(".json").read_text()), json.loads((run / "selection.json").read_text())["best"]
+    assert about["facts"]["step"] == best["step"] and about["facts"]["data"] == best["data"] and about["n_candidates"] == 2
+    weights, kept = load_file(file.with_suffix(".safetensors")), load_file(run / best["checkpoint"])
+    assert all(torch.equal(value, kept[name]) for name, value in weights.items())
+    action = torch.export.load(file).module()(torch.zeros(3, 29), torch.zeros(6, 8), torch.zeros(2, 6, 8), torch.zeros(3, 2))
+    assert action.shape == (3, 8)
+
+
 class Film:
     """Stands in for the gymnasium environment: n steps, then done; its pictures are grey and grow lighter."""
 
