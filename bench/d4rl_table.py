@@ -1,0 +1,281 @@
+"""The paper's table from finished runs: Markdown, CSV, JSON and a picture. Called by bench/d4rl.py, which says with what.
+
+    runs = collect(out, configs)                    # configs: task -> seed -> config, as in bench.d4rl_cell.Cell
+    make_rows(configs, runs, failures)              # a row for each task and data set
+    make_aggregates(rows)                           # the IQM of each group of tasks, as rliable defines it
+    write(results, out, configs, runs, options)     # all of it, as d4rl.md, d4rl.csv, d4rl.json, d4rl.png
+
+A score on generated data is not a D4RL score: the two are never in one mean, and each row says which it is.
+"""
+
+import csv
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import scipy.stats
+from matplotlib.figure import Figure
+
+from bench import machine
+from bench.d4rl_cell import find_run, finished, load
+from run_folder import save_json, saved
+
+# The paper's scores: mean and spread with offline selection, mean with online selection.
+PUBLISHED = {
+    "halfcheetah-medium-v2": (51.1, 0.5, 51.5),
+    "hopper-medium-v2": (90.5, 4.6, 96.6),
+    "walker2d-medium-v2": (87.0, 0.9, 87.3),
+    "halfcheetah-medium-replay-v2": (47.8, 0.3, 48.3),
+    "hopper-medium-replay-v2": (101.3, 0.6, 102.0),
+    "walker2d-medium-replay-v2": (95.5, 1.5, 98.0),
+    "halfcheetah-medium-expert-v2": (96.8, 0.3, 97.2),
+    "hopper-medium-expert-v2": (111.1, 1.3, 112.3),
+    "walker2d-medium-expert-v2": (110.1, 0.3, 111.2),
+    "antmaze-umaze-v0": (93.4, 3.4, 96.0),
+    "antmaze-umaze-diverse-v0": (66.2, 8.6, 84.0),
+    "antmaze-medium-play-v0": (76.6, 10.8, 79.8),
+    "antmaze-medium-diverse-v0": (78.6, 10.3, 82.0),
+    "antmaze-large-play-v0": (46.4, 8.3, 49.0),
+    "antmaze-large-diverse-v0": (56.6, 7.6, 61.7),
+    "pen-human-v1": (72.8, 9.6, 75.7),
+    "pen-cloned-v1": (57.3, 11.9, 60.8),
+    "kitchen-complete-v0": (84.0, 7.4, 84.5),
+    "kitchen-partial-v0": (60.5, 6.9, 63.7),
+    "kitchen-mixed-v0": (62.6, 5.1, 66.6),
+}
+GROUPS = {"locomotion": ("halfcheetah", "hopper", "walker2d"), "antmaze": "antmaze", "adroit": "pen", "kitchen": "kitchen"}
+RULES = {"last": "last", "best": "online (best)", "offline": "offline", "offline_released": "offline, released index"}
+COLOURS = {"last": "tab:gray", "best": "tab:blue", "offline": "tab:orange", "offline_released": "tab:green"}
+RESAMPLES = 10_000
+
+
+def group_of(task: str) -> str:
+    return next(group for group, robots in GROUPS.items() if task.startswith(robots))
+
+
+def kind_of(task: str, source: str, label: str) -> str:
+    """What a row says of its data: "D4RL" for D4RL's own file, read as it is, alone."""
+    return "REPAIRED" if source == "d4rl" and label != f"D4RL {task}" else source.upper()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def collect(out: Path, configs: dict) -> list[dict]:
+    """Every finished run that was made with one of these configs."""
+    runs = []
+    for task, of_task in configs.items():
+        for seed, config in of_task.items():
+            run = find_run(out / task, config)
+            if run is None or not finished(run):
+                continue
+            about, started = load(run / "config.json"), re.search(r"-(\d{4})(\d\d)(\d\d)-(\d\d)(\d\d)(\d\d)(-\d+)?$", run.name)
+            runs.append({
+                "task": task,
+                "seed": seed,
+                "run": run.name,
+                "started": "{}-{}-{} {}:{}:{}".format(*started.groups()) if started else None,
+                "data": about["data"],
+                "versions": about["versions"],
+                "config": {k: v for k, v in about["config"].items() if k not in ("out", "data")},  # paths of a machine
+                "selection": load(run / "selection.json"),
+            })  # fmt: skip
+    return runs
+
+
+def statistics(scores: list[float]) -> dict:
+    """Mean, standard deviation over seeds, and the mean's 95 % interval by Student's t; None where one seed cannot tell."""
+    mean, n = float(np.mean(scores)), len(scores)
+    if n == 1:
+        return {"scores": scores, "mean": mean, "std": None, "low": None, "high": None}
+    std = float(np.std(scores, ddof=1))
+    half = float(scipy.stats.t.ppf(0.975, n - 1)) * std / math.sqrt(n)
+    return {"scores": scores, "mean": mean, "std": std, "low": mean - half, "high": mean + half}
+
+
+def make_rows(configs: dict, runs: list[dict], failures: dict) -> list[dict]:
+    """A row for each task and each data set that its seeds were trained on; one without scores where none is finished.
+
+    failures: task -> why its cell failed.
+    """
+    rows = []
+    for task, seeds in configs.items():
+        of_task, sets = [r for r in runs if r["task"] == task], {}
+        for run in of_task:
+            sets.setdefault((run["data"]["source"], run["data"]["label"], run["data"]["crc32"]), []).append(run)
+        offline, spread, online = PUBLISHED[task]
+        note = ""
+        if not of_task or len(of_task) < len(seeds):
+            note = f"failed: {failures[task]}" if task in failures else f"{len(of_task)} of {len(seeds)} seeds finished"
+        for (source, label, crc32), made in sorted(sets.items()) or [((None, None, None), [])]:
+            rows.append({
+                "task": task,
+                "group": group_of(task),
+                "kind": kind_of(task, source, label) if made else None,
+                "data": label,
+                "crc32": crc32,
+                "seeds": [r["seed"] for r in made],
+                "rules": {rule: statistics([r["selection"][rule]["score"] for r in made]) for rule in RULES if made},
+                "published": {"offline": offline, "offline_spread": spread, "online": online},
+                "note": note,
+            })  # fmt: skip
+    return rows
+
+
+def iqm(scores: list[list[float]]) -> dict:
+    """The interquartile mean of the runs of several tasks, and its 95 % interval: percentiles of a stratified bootstrap.
+
+    scores: a list of runs for each task. Seeds are drawn again within each task. With a single seed of some task there is
+    nothing to draw from, and no interval.
+    """
+    value = float(scipy.stats.trim_mean(np.concatenate(scores), 0.25))
+    if min(map(len, scores)) < 2:
+        return {"iqm": value, "low": None, "high": None}
+    rng = np.random.default_rng(0)
+    drawn = [np.array(of_task)[rng.integers(len(of_task), size=(RESAMPLES, len(of_task)))] for of_task in scores]
+    low, high = np.percentile(scipy.stats.trim_mean(np.concatenate(drawn, axis=1), 0.25, axis=1), [2.5, 97.5])
+    return {"iqm": value, "low": float(low), "high": float(high)}
+
+
+def make_aggregates(rows: list[dict]) -> list[dict]:
+    """For each kind of data, each group of tasks and all of them: the IQM under every rule, and how many tasks it is of."""
+    aggregates = []
+    for kind in sorted({row["kind"] for row in rows} - {None}):
+        for group in (*GROUPS, "all"):
+            chosen = [r for r in rows if r["kind"] == kind and group in (r["group"], "all")]
+            if not chosen:
+                continue
+            aggregates.append({
+                "group": group,
+                "kind": kind,
+                "tasks": len({r["task"] for r in chosen}),
+                "of": sum(group in (group_of(task), "all") for task in PUBLISHED),
+                "runs": sum(len(r["seeds"]) for r in chosen),
+                "rules": {rule: iqm([r["rules"][rule]["scores"] for r in chosen]) for rule in RULES},
+            })  # fmt: skip
+    return aggregates
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def interval(figures: dict) -> str:
+    return "" if figures["low"] is None else f" [{figures['low']:.1f}, {figures['high']:.1f}]"
+
+
+def shown(figures: dict | None) -> str:
+    if not figures:
+        return "–"
+    return f"{figures['mean']:.1f}" + (f" ± {figures['std']:.1f}" if figures["std"] is not None else "") + interval(figures)
+
+
+def described(aggregate: dict) -> str:
+    complete = aggregate["tasks"] == aggregate["of"]
+    return str(aggregate["of"]) if complete else f"{aggregate['tasks']} of {aggregate['of']} tasks"
+
+
+def data_cell(kind: str | None) -> str:
+    return "–" if kind is None else kind if kind == "D4RL" else f"**{kind}**, not D4RL"
+
+
+def markdown_table(head: list[str], lines: list[list]) -> str:
+    cells = [[str(text).replace("|", "\\|") for text in line] for line in (head, ["---"] * len(head), *lines)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def markdown(rows: list[dict], aggregates: list[dict], origin: dict) -> str:
+    """The document d4rl.md."""
+    lines, groups = [], []
+    for row in rows:
+        paper = row["published"]
+        scores = [shown(row["rules"].get(rule)) for rule in RULES]
+        published = [f"{paper['offline']} ± {paper['offline_spread']}", paper["online"]]
+        lines.append([row["task"], data_cell(row["kind"]), len(row["seeds"]), *scores, *published, row["note"]])
+    for a in aggregates:
+        scores = [f"{figures['iqm']:.1f}{interval(figures)}" for figures in a["rules"].values()]
+        groups.append([a["group"], data_cell(a["kind"]), described(a), a["runs"], *scores])
+    head = ["task", "data", "seeds", *RULES.values(), "paper, offline", "paper, online", ""]
+    options = f"`{' '.join(origin['options'])}`" if origin["options"] else "none, the paper's recipes"
+    labels = "".join(f"- {label}\n" for label in dict.fromkeys(row["data"] for row in rows if row["data"]))
+    return f"""# Diffusion-QL on D4RL's tasks
+
+Made by `python -m bench.d4rl` on {origin["date"]}, commit {origin["commit"]}, torch {origin["torch"]},
+{origin["gpu"] or origin["cpu"]}. Options of `dql.py`: {options}.
+
+Normalised score, mean ± standard deviation over seeds [95 % interval of the mean, Student's t]. Selected: the last evaluation;
+the best, which the paper calls online; by BC loss, offline; and by the released code's index, which chose the paper's offline
+column. **A score on data that are not D4RL's is not a D4RL score**, whatever stands beside it.
+
+{markdown_table(head, lines)}
+
+Interquartile mean over the runs of a group's tasks [95 % interval, bootstrap stratified by task]:
+
+{markdown_table(["group", "data", "tasks", "runs", *RULES.values()], groups) if groups else "No task is finished yet."}
+
+Data:
+
+{labels or "- none yet"}"""
+
+
+def write_csv(rows: list[dict], path: Path) -> None:
+    """A line for each row and rule."""
+    about, figures = ("task", "group", "kind", "data"), ("mean", "std", "low", "high")
+    published = ("offline", "offline_spread", "online")
+    with saved(path) as temporary, temporary.open("w", newline="") as file:
+        out = csv.writer(file)
+        out.writerow([*about, "rule", "seeds", *figures, *(f"paper_{name}" for name in published), "note"])
+        for row in rows:
+            for rule in RULES:
+                found = [row["rules"].get(rule, {}).get(name) for name in figures]
+                paper = [row["published"][name] for name in published]
+                out.writerow([*(row[name] for name in about), rule, len(row["seeds"]), *found, *paper, row["note"]])
+
+
+def draw(rows: list[dict], origin: dict, path: Path) -> None:
+    """A band a row: seeds as points, the mean and its interval for each rule, the published scores as diamonds."""
+    figure = Figure(figsize=(10, 1.9 + 0.62 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for i, row in enumerate(rows):
+        if i % 2:
+            axes.axhspan(i - 0.5, i + 0.5, color="0.95", zorder=0)
+        for j, (rule, figures) in enumerate(row["rules"].items()):
+            y, colour = i + 0.19 * (j - 1.5), COLOURS[rule]
+            axes.scatter(figures["scores"], [y] * len(figures["scores"]), s=16, color=colour, alpha=0.4, linewidths=0)
+            if figures["low"] is not None:
+                axes.plot([figures["low"], figures["high"]], [y, y], color=colour, linewidth=1.6)
+            axes.plot(figures["mean"], y, "|", color=colour, markersize=9, markeredgewidth=2)
+        axes.plot(row["published"]["offline"], i, "D", color="black", markersize=5)
+        axes.plot(row["published"]["online"], i, "D", color="black", fillstyle="none", markersize=6)
+    for rule, name in RULES.items():
+        axes.plot([], [], "o-", color=COLOURS[rule], markersize=4, label=name)
+    axes.plot([], [], "D", color="black", markersize=5, label="paper, offline")
+    axes.plot([], [], "D", color="black", fillstyle="none", markersize=6, label="paper, online")
+    state = [f"{row['kind']}, seeds: {len(row['seeds'])}" if row["kind"] else "nothing finished" for row in rows]
+    axes.set_yticks(range(len(rows)), [f"{row['task']}\n{text}" for row, text in zip(rows, state)], fontsize=8)
+    for tick, row in zip(axes.get_yticklabels(), rows):
+        tick.set_color("black" if row["kind"] == "D4RL" else "tab:red" if row["kind"] else "0.6")
+    axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel="normalised score: seeds, mean and its 95 % interval")
+    axes.grid(axis="x", alpha=0.4)
+    figure.legend(loc="outside upper center", ncols=3, fontsize=8, frameon=False)
+    axes.set_title(f"Diffusion-QL, {origin['date']}, commit {origin['commit']}; red: not D4RL's data", fontsize=9)
+    with saved(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+
+
+def write(results: Path, out: Path, configs: dict, runs: list[dict], options: list[str]) -> list[dict]:
+    """The four files in results. options: dql.py's. -> the rows. Raises RunError where they cannot be written."""
+    failures = {task: failed["reason"] for task in configs if (failed := load(out / task / "failed.json"))}
+    rows = make_rows(configs, runs, failures)
+    aggregates = make_aggregates(rows)
+    origin = {**machine.describe(), "options": options}
+    save_json(results / "d4rl.json", {**origin, "rows": rows, "aggregates": aggregates, "runs": runs})
+    with saved(results / "d4rl.md") as temporary:
+        temporary.write_text(markdown(rows, aggregates, origin))
+    write_csv(rows, results / "d4rl.csv")
+    draw(rows, origin, results / "d4rl.png")
+    return rows

@@ -1,0 +1,75 @@
+"""Stands in for dql.py under bench.d4rl: the same options, the same files in a run's folder, no training.
+
+Reads program.json in its own folder: "configs" (task -> seed -> config), "seconds" to take, and "broken": task -> what to print
+before it exits with 1, or a number, the signal to die of. Appends to calls.jsonl there what it was called with.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+HERE = Path(sys.argv[0]).parent
+
+
+def put(path, write):
+    temporary = path.with_name(f".{path.name}.part")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def put_json(path, content):
+    put(path, lambda temporary: temporary.write_text(json.dumps(content)))
+
+
+def begin(folder: Path, config: dict) -> Path:
+    run = folder / f"{config['env']}-ql-d4rl-seed{config['seed']}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run.mkdir(parents=True)
+    data = {"label": f"D4RL {config['env']}", "source": "d4rl", "crc32": 1}
+    put_json(run / "config.json", {"config": {**config, "out": str(folder)}, "data": data, "versions": {"torch": "0"}})
+    put(run / "resume.safetensors", lambda temporary: save_file({"step": np.array(7)}, temporary))
+    return run
+
+
+def finish(run: Path) -> None:
+    config = json.loads((run / "config.json").read_text())["config"]
+    last = {"step": config["epochs"] * config["updates_per_epoch"], "score": 10.0 + config["seed"]}
+    (run / "log.jsonl").write_text(json.dumps({"kind": "evaluation", **last}) + "\n")
+    put_json(run / "selection.json", dict.fromkeys(("last", "best", "offline", "offline_released"), last))
+
+
+def values(option: str) -> list[str]:
+    """What follows an option on the command line."""
+    if option not in sys.argv:
+        return []
+    rest = sys.argv[sys.argv.index(option) + 1 :]
+    return rest[: next((i for i, word in enumerate(rest) if word.startswith("--")), len(rest))]
+
+
+def main() -> int:
+    asked = json.loads((HERE / "program.json").read_text())
+    resumed = [Path(path) for path in values("--resume")]
+    task = resumed[0].parent.name if resumed else values("--env")[0]
+    call = {"task": task, "arguments": sys.argv[1:], "pid": os.getpid(), "began": time.time()}
+    call["raylet"] = os.environ.get("RAY_RAYLET_PID")  # which node this is
+    with (HERE / "calls.jsonl").open("a") as file:
+        file.write(json.dumps(call) + "\n")
+    broken = asked["broken"].get(task)
+    if isinstance(broken, int):
+        os.kill(os.getpid(), broken)
+    if broken:
+        print(broken, file=sys.stderr)
+        return 1
+    runs = resumed or [begin(Path(values("--out")[0]), asked["configs"][task][seed]) for seed in values("--seeds")]
+    time.sleep(asked["seconds"])
+    for run in runs:
+        finish(run)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
