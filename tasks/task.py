@@ -110,12 +110,20 @@ class Task:
     can_generate: ClassVar[bool] = False  # whether data can be made here (tasks.generate)
     step_seconds: ClassVar[float]  # of simulated time in one environment step
 
+    def __post_init__(self):
+        if not -np.inf < self.ref_min < self.ref_max < np.inf:  # NaN, which some of D4RL's own tasks have, included
+            raise TaskError(f"{self.name} has no reference scores ({self.ref_min}, {self.ref_max}): its returns cannot be normalised")
+
     def normalized_score(self, returns: np.ndarray) -> np.ndarray:
         """D4RL's score: 0 for ref_min to 100 for ref_max."""
         return 100.0 * (np.asarray(returns) - self.ref_min) / (self.ref_max - self.ref_min)
 
     def world(self, n: int, n_threads: int | None = None) -> World:
         """n episodes to be stepped together, on n_threads (default: all cores)."""
+        raise NotImplementedError
+
+    def camera(self, model):
+        """Where tasks.env films the task's model from."""
         raise NotImplementedError
 
     def evaluate(

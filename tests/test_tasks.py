@@ -80,6 +80,13 @@ def test_an_unknown_task_gets_the_nearest_names_in_one_line():
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("scores", [(np.nan, np.nan), (0.0, np.nan), (1.0, 1.0), (2.0, 1.0), (0.0, np.inf)])
+def test_a_task_without_reference_scores_is_refused_in_one_line(scores):
+    with pytest.raises(TaskError, match="hopper-medium-v2 has no reference scores") as error:
+        dataclasses.replace(tasks.get("hopper-medium-v2"), ref_min=scores[0], ref_max=scores[1])
+    assert "\n" not in str(error.value)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Dynamics, against values recorded on MuJoCo 2.3.3
 
