@@ -53,7 +53,7 @@ class Config:
     n_generated: int = 1_000_000  # transitions to generate where D4RL's file is not used
     seed: int = 0  # of everything: initial weights, minibatches, noise, evaluation
     seeds: tuple[int, ...] = ()  # instead of seed: as many agents side by side on the same data, each as if alone, a run each
-    quick: bool = False  # 15 epochs, rates 3e-3, 1e-3 decaying to 0, tau 0.02, at most 50 episodes; mazes: max-Q, sparse, 0.1·η
+    quick: bool = False  # 15 epochs, rates 3e-3, 1e-3 decaying to 0, tau 0.02, 0.1·η, at most 50 episodes; mazes: max-Q, sparse
     out: str = "runs"  # folder that gets one folder per run
     device: str = "auto"  # auto: cuda when there is one; or cpu, cuda, cuda:1, ...
     threads: int = 0  # CPU threads for torch and MuJoCo; 0: all cores
@@ -144,10 +144,11 @@ def recipe_config(env: str, quick: bool = False) -> Config:
         # In 15k updates the paper's τ = 0.005 carries a reward 75 Bellman steps back; the maze is 160 steps long.
         config = replace(config, epochs=15, eval_every=5, lr=3e-3, critic_lr=1e-3, tau=0.02, lr_decay="cosine")
         config = replace(config, eval_episodes=min(config.eval_episodes, 50), matmul_precision="medium")
+        # Q is wrong for much of so short a run, so it pulls the policy a tenth as hard, and mostly chooses among candidates.
+        config = replace(config, eta=0.1 * config.eta)
         if config.reward_tune == "cql":
-            # Q need not first fall to -200 everywhere. It still is wrong for much of so short a run, so it pulls the policy a
-            # tenth as hard, and mostly chooses: among ten actions for the target, among all candidates when acting.
-            config = replace(config, reward_tune="sparse", max_q_backup=True, eta=0.1 * config.eta)
+            # Q need not first fall to -200 everywhere, and chooses among ten actions for the target too.
+            config = replace(config, reward_tune="sparse", max_q_backup=True)
     return config
 
 
