@@ -14,6 +14,7 @@ moved when whole, so that a run killed at any moment leaves files that can be re
 
 import json
 import platform
+import subprocess
 import tempfile
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -70,10 +71,23 @@ def restore(agent, path: Path, **how) -> None:
         raise RunError(f"checkpoint {path} does not fit this configuration: {str(e).splitlines()[-1].strip()}") from e
 
 
+def commit() -> str:
+    """This checkout's commit, with "+changes" when tracked files differ from it; "" outside of a checkout."""
+
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    except OSError:  # no git here
+        return ""
+
+
 def versions() -> dict:
     """Of everything that a run's figures depend on."""
     names = ("torch", "numpy", "mujoco", "gymnasium")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}, "machine": platform.machine()}
+    packages = {name: version(name) for name in names}
+    return {"commit": commit(), "python": platform.python_version(), **packages, "machine": platform.machine()}
 
 
 def save_json(path: Path, content) -> None:

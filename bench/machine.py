@@ -2,12 +2,13 @@
 
 import os
 import platform
-import subprocess
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from run_folder import commit
 
 
 def cpu_name() -> str:
@@ -17,16 +18,6 @@ def cpu_name() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def commit() -> str:
-    """The checked-out commit, with "+changes" when tracked files differ from it."""
-    root = Path(__file__).resolve().parents[1]
-
-    def git(*words):
-        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True).stdout.strip()
-
-    return git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
 
 
 def describe() -> dict:

@@ -77,7 +77,7 @@ def run(world: LocomotionWorld, weights, bias, rng, limit: int) -> tuple[np.ndar
     return returns, lengths, np.concatenate(seen)
 
 
-def search(body: str, seconds: float, seed: int, report=print):
+def search(body: str, seconds: float, seed: int, report=print) -> list[dict]:
     """Climb for a number of seconds. -> the policies on the way: dicts of steps, episode_return, length, weights, bias"""
     settings, task = SETTINGS[body], get(f"{body}-medium-v2")
     rng, normaliser = np.random.default_rng(seed), Normaliser(task.state_dim)

@@ -229,3 +229,9 @@ def test_the_curve_is_a_picture_of_both_losses_and_scores(run):
     run.draw_curve("title")
     assert (run.path / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert not list(run.path.glob(".*"))
+
+
+def test_a_run_says_of_which_commit_it_is_and_nothing_where_git_is_missing(monkeypatch):
+    assert run_folder.versions()["commit"] == run_folder.commit()
+    monkeypatch.setenv("PATH", "")
+    assert run_folder.commit() == ""
