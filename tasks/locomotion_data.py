@@ -2,53 +2,57 @@
 
 D4RL made its data with a policy trained by soft actor-critic to a third of an expert's score (medium), with all that was seen
 while it was trained (medium-replay), and with that policy and an expert, half and half (medium-expert). Here they come from the
-ladder of policies that search.py left in policies/: action = clip(weights·s + bias + σ·noise, ±1).
+ladder of policies that search.py left in policies/: action = clip(weights·s + bias + σ·noise, ±1), σ drawn anew for each trajectory.
 
-    medium          the policy whose return is nearest to half the best one's
+    medium          the policy whose return under that noise is nearest to half the best one's without
     medium-replay   each trajectory another policy of the ladder, up to medium's
-    medium-expert   each trajectory medium's or the best, by a fair coin
+    medium-expert   half the rows medium's, half the best one's
 
-σ is drawn anew for each trajectory. The best policy is this search's, not D4RL's expert: policies/BODY.json has its return.
-A trajectory ends by terminals where the task ends it, else by timeouts at the task's limit; the last of each simulated body is cut
-off where the data end.
+The best policy is this search's, not D4RL's expert: policies/BODY.json has its return. A trajectory ends by terminals where the
+task ends it, else by timeouts at the task's limit; the last of each simulated body is cut off where the data end.
 """
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from .locomotion import Locomotion
 
-VERSION = 1  # raise it whenever the same seed would give other data: part of the cached file's name
+VERSION = 2  # raise it whenever the same seed would give other data: part of the cached file's name
 POLICIES = Path(__file__).parent / "policies"
 MAX_BODIES = 128  # enough to hide numpy's overhead behind the physics
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """σ of a trajectory's action noise ~ U(noise): no two trajectories are equally good."""
+    """σ of a trajectory's action noise ~ U(noise): no two trajectories are equally good. Twice as much fells the walker at once."""
 
-    noise: tuple[float, float] = (0.0, 0.3)
-    expert_noise: tuple[float, float] = (0.0, 0.1)  # of the best policy's, in medium-expert
+    noise: tuple[float, float] = (0.0, 0.1)
 
 
-def load_ladder(body: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """weights (K, A, S), bias (K, A) and mean returns (K,) of the policies on the way, the best last."""
+class Ladder(NamedTuple):
+    """A body's policies on the way of its search, the best last."""
+
+    weights: np.ndarray  # (K, A, S)
+    bias: np.ndarray  # (K, A)
+    returns: np.ndarray  # (K,) mean over episodes
+    noisy_returns: np.ndarray  # (K,) the same with a Recipe's noise
+
+
+def load_ladder(body: str) -> Ladder:
     policies = json.loads((POLICIES / f"{body}.json").read_text())["policies"]
-    return tuple(np.array([policy[key] for policy in policies]) for key in ("weights", "bias", "episode_return"))
+    return Ladder(*(np.array([policy[key] for policy in policies]) for key in ("weights", "bias", "episode_return", "noisy_return")))
 
 
-def rungs(quality: str, returns: np.ndarray) -> np.ndarray:
-    """The ladder's policies that data of a quality are made with, equally likely."""
-    medium = int(np.abs(returns - returns[-1] / 2).argmin())
-    return {
-        "medium": np.array([medium]),
-        "medium-replay": np.arange(medium + 1),
-        "medium-expert": np.array([medium, len(returns) - 1]),
-    }[quality]
+def rungs(quality: str, ladder: Ladder) -> np.ndarray:
+    """The policies that data of a quality are made with, equally likely."""
+    medium = int(np.abs(ladder.noisy_returns - ladder.returns[-1] / 2).argmin())
+    best = len(ladder.returns) - 1
+    return {"medium": np.array([medium]), "medium-replay": np.arange(medium + 1), "medium-expert": np.array([medium, best])}[quality]
 
 
 def simulate(
@@ -58,15 +62,14 @@ def simulate(
     n = min(MAX_BODIES, -(-n_transitions // task.episode_limit))
     n_steps = -(-n_transitions // n)
     rng = np.random.default_rng(seed)
-    weights, bias, returns = load_ladder(task.body)
-    allowed = rungs(task.quality, returns)
+    ladder = load_ladder(task.body)
+    weights, bias, allowed = ladder.weights, ladder.bias, rungs(task.quality, ladder)
     rung, noise, age = np.zeros(n, int), np.zeros((n, 1)), np.zeros(n, int)
 
     def begin(world, who):
-        rung[who] = rng.choice(allowed, len(who))
-        calm = (rung[who] == len(returns) - 1)[:, None]
-        low, high = np.where(calm, recipe.expert_noise, recipe.noise).T[..., None]
-        noise[who] = rng.uniform(low, high)
+        # A body keeps to one of medium-expert's two, for the better one's trajectories are longer and would fill the data.
+        rung[who] = allowed[who % 2] if task.quality == "medium-expert" else rng.choice(allowed, len(who))
+        noise[who] = rng.uniform(*recipe.noise, (len(who), 1))
         age[who] = 0
         world.reset(who, rng)
 

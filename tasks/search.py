@@ -1,25 +1,28 @@
 """Linear policies for the locomotion bodies, found by augmented random search; generated data are made with them.
 
     python -m tasks.search hopper --seconds 600        # writes tasks/policies/hopper.json
+    python -m tasks.search hopper --seconds 0          # measures the policies that are there again
 
 The search (Mania, Guy, Recht, 2018, ARS V2-t) perturbs one matrix in random directions, ±, runs an episode with each, and moves the
 matrix along the best directions, weighted by the differences of their returns. States are normalised by all that was seen. What
-is kept are the policies on the way, each with its return without perturbation: action = clip(weights·s + bias, ±1), a function of
-the observation alone. The bonus for being alive is left out of the returns that are climbed, or standing still would do.
+is kept are the policies on the way, each with its mean return, and that with the data's noise: action = clip(weights·s + bias, ±1),
+a function of the observation alone. The bonus for being alive is left out of the returns that are climbed, or standing still
+would do.
 """
 
 import argparse
+import json
 import time
 from typing import NamedTuple
 
 import mujoco
 import numpy as np
 
-from run_folder import save_json
+from atomic import written_whole
 
 from . import get
 from .locomotion import BODIES, LocomotionWorld
-from .locomotion_data import POLICIES
+from .locomotion_data import POLICIES, Recipe
 
 EPISODES = 16  # that measure a policy on the way
 
@@ -59,8 +62,12 @@ class Normaliser:
         return weights, -weights @ self.mean
 
 
-def run(world: LocomotionWorld, weights, bias, rng, limit: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One episode for each of k policies. -> returns (k,), lengths (k,), the states seen (sum of lengths, S)"""
+def run(world: LocomotionWorld, weights, bias, rng, limit: int, noise=0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One episode for each of k policies, noise () or (k, 1) times normals added to its actions.
+
+    -> returns (k,), lengths (k,), the states seen (sum of lengths, S)
+    """
+    noise = np.broadcast_to(noise, (len(weights), 1))
     who = np.arange(len(weights))
     returns, lengths, seen = np.zeros(len(who)), np.zeros(len(who), int), []
     world.reset(who, rng)
@@ -68,6 +75,7 @@ def run(world: LocomotionWorld, weights, bias, rng, limit: int) -> tuple[np.ndar
         states = world.observations[who]
         seen.append(states)
         actions = np.einsum("kas,ks->ka", weights[who], states) + bias[who]
+        actions += noise[who] * rng.standard_normal(actions.shape)
         rewards, over = world.step(who, actions, rng)
         returns[who] += rewards
         lengths[who] += 1
@@ -78,12 +86,12 @@ def run(world: LocomotionWorld, weights, bias, rng, limit: int) -> tuple[np.ndar
 
 
 def search(body: str, seconds: float, seed: int, report=print) -> list[dict]:
-    """Climb for a number of seconds. -> the policies on the way: dicts of steps, episode_return, length, weights, bias"""
+    """Climb for a number of seconds. -> the policies on the way: dicts of steps, weights, bias, episode_return, noisy_return"""
     settings, task = SETTINGS[body], get(f"{body}-medium-v2")
     rng, normaliser = np.random.default_rng(seed), Normaliser(task.state_dim)
     matrix, steps, began, found, measured_at = np.zeros((task.action_dim, task.state_dim)), 0, time.monotonic(), [], 0.0
     alive = BODIES[body].alive
-    with task.world(2 * settings.directions, 1) as world, task.world(EPISODES, 1) as measured:
+    with task.world(2 * settings.directions, 1) as world:
         while time.monotonic() - began < seconds:
             deltas = rng.standard_normal((settings.directions, *matrix.shape))
             tried = np.concatenate([matrix + settings.noise * deltas, matrix - settings.noise * deltas])
@@ -97,12 +105,22 @@ def search(body: str, seconds: float, seed: int, report=print) -> list[dict]:
             matrix += settings.rate / (settings.best * spread) * step
             if time.monotonic() - measured_at > min(10.0, seconds / 20):
                 measured_at = time.monotonic()
-                weights, bias = normaliser.fold(matrix[None])
-                many = np.repeat(weights, EPISODES, axis=0), np.repeat(bias, EPISODES, axis=0)
-                returns, lengths, _ = run(measured, *many, np.random.default_rng(0), settings.limit)
-                facts = {"steps": int(steps), "episode_return": float(returns.mean()), "length": float(lengths.mean())}
-                found.append(facts | {"weights": weights[0].round(5).tolist(), "bias": bias[0].round(5).tolist()})
-                report(f"{steps:,} steps: return {returns.mean():.0f} ± {returns.std():.0f}, length {lengths.mean():.0f}")
+                (weights,), (bias,) = normaliser.fold(matrix[None])
+                policy = {"steps": int(steps), "weights": weights.round(5).tolist(), "bias": bias.round(5).tolist()}
+                found.append(policy | measured(body, policy))
+                report(f"{steps:,} steps: return {found[-1]['episode_return']:.0f}, with noise {found[-1]['noisy_return']:.0f}")
+    return found
+
+
+def measured(body: str, policy: dict) -> dict:
+    """A policy's mean return as it is and with the data's noise, the same episodes for every policy."""
+    weights, bias = (np.array(policy[key])[None].repeat(EPISODES, axis=0) for key in ("weights", "bias"))
+    found, limit = {}, SETTINGS[body].limit
+    with get(f"{body}-medium-v2").world(EPISODES, 1) as world:
+        for name, (low, high) in (("episode_return", (0.0, 0.0)), ("noisy_return", Recipe().noise)):
+            rng = np.random.default_rng(0)
+            returns, _, _ = run(world, weights, bias, rng, limit, rng.uniform(low, high, (EPISODES, 1)))
+            found[name] = float(returns.mean())
     return found
 
 
@@ -120,13 +138,19 @@ def ladder(found: list[dict], n: int = 12) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("body", choices=list(SETTINGS))
-    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--seconds", type=float, default=600, help="0: measure the policies that are there")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    found = search(options.body, options.seconds, options.seed)
-    POLICIES.mkdir(exist_ok=True)
-    how = {"seconds": options.seconds, "seed": options.seed, **SETTINGS[options.body]._asdict(), "mujoco": mujoco.__version__}
-    save_json(POLICIES / f"{options.body}.json", {"search": how, "policies": ladder(found)})
+    path = POLICIES / f"{options.body}.json"
+    if options.seconds > 0:
+        how = {"seconds": options.seconds, "seed": options.seed, **SETTINGS[options.body]._asdict(), "mujoco": mujoco.__version__}
+        policies = ladder(search(options.body, options.seconds, options.seed))
+    else:
+        saved = json.loads(path.read_text())
+        how, policies = saved["search"], [p | measured(options.body, p) for p in saved["policies"]]
+    path.parent.mkdir(exist_ok=True)
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps({"search": how, "policies": policies}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
