@@ -7,7 +7,9 @@ A diffusion model is the policy; a learned Q pulls it uphill through the whole r
     python dql.py --env antmaze-umaze-v0                # the paper's recipe for the task
     python dql.py --env antmaze-umaze-v0 --quick        # a recipe for a laptop: 15k updates, higher, decaying rates
     python dql.py --env antmaze-umaze-v0 --seeds 0 1 2  # three agents side by side, a run each
+    python dql.py --env pen-human-v1                    # any of the paper's twenty D4RL tasks; --env x lists the nearest
     python dql.py --eval runs/NAME --render ant.gif     # evaluate a finished run and film it
+    python dql.py --export runs/NAME policy.pt2         # its policy, for use without this project
 
 The algorithm (everything above "The run") needs torch and numpy alone: copy this file and call
 `DiffusionQL(...).update(batch)` and `.act(state)`.
@@ -134,10 +136,8 @@ RECIPES = {
 
 
 def recipe_config(env: str, quick: bool = False) -> Config:
-    """The paper's recipe for a task (the Config's own defaults for a task it does not have), or the quick one."""
-    config = Config(env=env, quick=quick)
-    if env in RECIPES:
-        config = replace(config, **RECIPES[env]._asdict())
+    """The paper's recipe for a task, or the quick one."""
+    config = Config(env=env, quick=quick, **RECIPES[env]._asdict())
     if "v2" in env:
         config = replace(config, eval_episodes=10)
     if quick:
@@ -1223,7 +1223,7 @@ def parse_arguments(argv: list[str]) -> Config:
         made = [saved_config(folder) for folder in folders]
         default = made[0]
         for folder, config in zip(folders[1:], made[1:]):
-            odd = [k for k, v in asdict(config).items() if k not in ("seed", "out") and v != getattr(default, k)]
+            odd = [k for k, v in asdict(config).items() if k not in ("seed", "out", "threads", "backend") and v != getattr(default, k)]
             if odd:
                 raise UserError(f"{folder} was made with another --{odd[0]} than {folders[0]}: they cannot be resumed together")
         if len(made) > 1:
@@ -1265,7 +1265,10 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, TaskError, RunError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
-    except (MemoryError, torch.OutOfMemoryError) as e:
+    except (MemoryError, RuntimeError) as e:
+        # torch has no class of its own for a CPU's memory.
+        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(e):
+            raise
         where = "the GPU's memory" if isinstance(e, torch.OutOfMemoryError) else "memory"
         print(f"error: {where} is full ({first_line(e)}); take fewer --seeds, --n-candidates or a smaller --batch-size", file=sys.stderr)
         return 1

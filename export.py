@@ -52,7 +52,7 @@ def export_policy(agent, path, *, n_candidates: int, facts: dict) -> list[Path]:
 
     facts, which JSON must be able to hold, go into the .json as they are: task, data, score, step, versions, whatever is known.
     Files of an earlier export are replaced. Raises RunError for another ending, a folder that cannot be written, and where a
-    file of these names is there already that no export has written.
+    file of these names is there already without a .pt2, so not of an earlier export.
     """
     path = Path(path)
     if path.suffix != ".pt2":

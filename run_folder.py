@@ -13,14 +13,16 @@ moved when whole, so that a run killed at any moment leaves files that can be re
 """
 
 import json
+import os
 import platform
 import subprocess
 import tempfile
-from contextlib import contextmanager
-from importlib.metadata import version
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -72,7 +74,12 @@ def restore(agent, path: Path, **how) -> None:
 
 
 def commit() -> str:
-    """This checkout's commit, with "+changes" when tracked files differ from it; "" outside of a checkout."""
+    """This checkout's commit, with "+changes" when tracked files differ from it; "" outside of a checkout.
+
+    $DQL_COMMIT, if set, says it instead: to a node of a cluster the code comes without its history.
+    """
+    if "DQL_COMMIT" in os.environ:
+        return os.environ["DQL_COMMIT"]
 
     def git(*words):
         return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
@@ -85,9 +92,12 @@ def commit() -> str:
 
 def versions() -> dict:
     """Of everything that a run's figures depend on."""
-    names = ("torch", "numpy", "mujoco", "gymnasium")
-    packages = {name: version(name) for name in names}
-    return {"commit": commit(), "python": platform.python_version(), **packages, "machine": platform.machine()}
+    packages = {}
+    for name in ("torch", "triton", "numpy", "mujoco", "gymnasium", "gymnasium-robotics"):
+        with suppress(PackageNotFoundError):  # not every task and backend needs each
+            packages[name] = version(name)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    return {"commit": commit(), "python": platform.python_version(), **packages, "device": device}
 
 
 def save_json(path: Path, content) -> None:

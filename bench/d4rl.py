@@ -1,13 +1,14 @@
 """The paper's table: Diffusion-QL on D4RL's twenty tasks, several seeds each, on a laptop, one GPU or a Ray cluster.
 
     python -m bench.d4rl --tasks antmaze-umaze-v0 --seeds 0 1 2 -- --quick --data generated
-    python -m bench.d4rl                                        # all tasks, five seeds, the paper's recipes: days of a GPU
-    python -m bench.d4rl --jobs 4                               # four tasks side by side on this machine
-    python -m bench.d4rl --ray                                  # as many as fit on this machine's cores and GPUs
-    python -m bench.d4rl --ray HOST:6379 --gpus-per-task 0.25   # on a cluster, four tasks a GPU
-    python -m bench.d4rl --table                                # only the table, of what is finished so far
+    python -m bench.d4rl -- --data d4rl                         # all tasks, five seeds, the paper's recipes and data
+    python -m bench.d4rl --jobs 4 -- --data d4rl                # four tasks side by side on this machine
+    python -m bench.d4rl --ray -- --data d4rl                   # as many as fit on this machine's cores and GPUs
+    python -m bench.d4rl --ray HOST:6379 --gpus-per-task 0.25 -- --data d4rl    # on a cluster, four tasks a GPU
+    python -m bench.d4rl --table -- --data d4rl                 # only the table, of what is finished so far
 
-What follows `--` goes to dql.py. A task with its seeds is one process, `python dql.py --env TASK --seeds ...`, whose runs go
+What follows `--` goes to dql.py. Without --data d4rl there, a task whose file cannot be had is trained on generated data, where
+there are any; a run keeps the data that it began with. A task with its seeds is one process, `python dql.py --env TASK --seeds ...`, whose runs go
 to runs/d4rl/TASK (--out). Call it again, with the same options, to go on: finished runs stay, interrupted ones are resumed.
 A task that fails leaves failed.json with the reason there, the others go on, and the next call tries it again. The table, with
 the paper's scores, goes to bench/results/d4rl.md, .csv, .json and .png (--results); bench/d4rl_table.py says how it is made.
@@ -34,11 +35,10 @@ from pathlib import Path
 
 from atomic import written_whole
 from bench import d4rl_table
-from bench.d4rl_cell import Cell, Outcome, find_run, finished, train, train_async
+from bench.d4rl_cell import Cell, Outcome, common, find_run, finished, load, train, train_async
 from bench.timing import RESULTS
 from dql import RECIPES, UserError, parse_arguments
-from run_folder import RunError, RunFolder, save_json
-from tasks import TaskError
+from run_folder import RunError, RunFolder, commit, save_json
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = "dql.py"
@@ -59,7 +59,7 @@ def say(line: str) -> None:
 
 
 def make_cell(task: str, seeds: list[int], passed: list[str], out: Path, threads: int) -> Cell:
-    """Raises TaskError for a task that tasks/ does not have, UserError for options that dql.py refuses."""
+    """Raises UserError for options that dql.py refuses."""
     options = ["--threads", str(threads), *passed]
     config = parse_arguments(["--env", task, *options])
     options += ["--data", config.data]  # again, as an absolute path: the last counts
@@ -82,7 +82,7 @@ def keep(cell: Cell, outcome: Outcome) -> None:
             if not (folder / run / name).exists():
                 with written_whole(folder / run / name) as temporary:
                     temporary.write_text(text)
-    keep_failure(folder, outcome.failure)
+    keep_failure(cell, outcome.failure)
     if outcome.failure:
         say(f"{cell.task}: failed: {outcome.failure['reason']}")
     for row in d4rl_table.make_rows(configs, d4rl_table.collect(Path(cell.out), configs), {}):
@@ -91,12 +91,14 @@ def keep(cell: Cell, outcome: Outcome) -> None:
             say(f"{cell.task}: seeds {' '.join(map(str, row['seeds']))} done, {scores} ({row['data']})")
 
 
-def keep_failure(folder: Path, failure: dict | None) -> None:
+def keep_failure(cell: Cell, failure: dict | None) -> None:
+    """Write failed.json, which also says with what config; or remove it, if it is of this one."""
+    path, config = Path(cell.out) / cell.task / "failed.json", common(cell.configs)
     if failure:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_json(folder / "failed.json", {**failure, "date": time.strftime("%Y-%m-%d %H:%M:%S")})
-    else:
-        (folder / "failed.json").unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_json(path, {**failure, "date": time.strftime("%Y-%m-%d %H:%M:%S"), "config": config})
+    elif path.exists() and load(path)["config"] == config:
+        path.unlink()
 
 
 async def train_here(cells: list[Cell], jobs: int, done: Callable) -> None:
@@ -134,7 +136,8 @@ def connect(address: str):
             socket.create_connection((host, int(port)), ANSWER_SECONDS).close()
         except (OSError, ValueError, OverflowError) as e:
             raise SystemExit(f"no Ray cluster answers at {address} ({e}); give the HOST:PORT that ray start --head named") from e
-    how = {"runtime_env": {"working_dir": str(ROOT), "excludes": NOT_SENT}, "log_to_driver": False, "logging_level": "warning"}
+    sent = {"working_dir": str(ROOT), "excludes": NOT_SENT, "env_vars": {"DQL_COMMIT": commit()}}
+    how = {"runtime_env": sent, "log_to_driver": False, "logging_level": "warning"}
     if address == "local":
         how["include_dashboard"] = False
     try:
@@ -224,19 +227,12 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     options, passed = read_arguments(argv)
     threads = options.cpus_per_task if options.ray else 0 if options.jobs == 1 else max(1, os.cpu_count() // options.jobs)
-    cells, configs = [], {}
     try:
         for folder in (options.out, options.results):
             RunFolder.require_writable(str(folder))
             folder.mkdir(parents=True, exist_ok=True)
-        for task in options.tasks:
-            try:
-                cells.append(make_cell(task, options.seeds, passed, options.out, threads))
-                configs[task] = cells[-1].configs
-            except TaskError as e:
-                configs[task] = {}
-                if not options.table:
-                    keep_failure(options.out / task, {"reason": str(e), "exit_code": None})
+        cells = [make_cell(task, options.seeds, passed, options.out, threads) for task in options.tasks]
+        configs = {cell.task: cell.configs for cell in cells}
         left = [] if options.table else [cell for cell in map(unfinished, cells) if cell.configs]
         if left and options.ray:
             train_on_ray(left, options.ray, options.cpus_per_task, options.gpus_per_task, keep)

@@ -53,6 +53,12 @@ def load(path: Path) -> dict | None:
         return None
 
 
+def common(configs: dict[int, dict]) -> dict:
+    """Of a cell's configs: what makes its runs, whatever the seed."""
+    config = next(iter(configs.values()))
+    return {k: v for k, v in config.items() if k not in (*FREE, "seed")}
+
+
 def finished(run: Path) -> bool:
     """Whether the run has evaluated its last update."""
     saved, selection = load(run / "config.json"), load(run / "selection.json")

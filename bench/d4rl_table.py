@@ -17,8 +17,9 @@ import numpy as np
 import scipy.stats
 from matplotlib.figure import Figure
 
+import tasks
 from bench import machine
-from bench.d4rl_cell import find_run, finished, load
+from bench.d4rl_cell import common, find_run, finished, load
 from run_folder import save_json, saved
 
 # The paper's scores: mean and spread with offline selection, mean with online selection.
@@ -44,14 +45,14 @@ PUBLISHED = {
     "kitchen-partial-v0": (60.5, 6.9, 63.7),
     "kitchen-mixed-v0": (62.6, 5.1, 66.6),
 }
-GROUPS = {"locomotion": ("halfcheetah", "hopper", "walker2d"), "antmaze": "antmaze", "adroit": "pen", "kitchen": "kitchen"}
+GROUPS = ("locomotion", "antmaze", "adroit", "kitchen")  # families of tasks
 RULES = {"last": "last", "best": "online (best)", "offline": "offline", "offline_released": "offline, released index"}
 COLOURS = {"last": "tab:gray", "best": "tab:blue", "offline": "tab:orange", "offline_released": "tab:green"}
 RESAMPLES = 10_000
 
 
 def group_of(task: str) -> str:
-    return next(group for group, robots in GROUPS.items() if task.startswith(robots))
+    return tasks.get(task).family
 
 
 def kind_of(task: str, source: str, label: str) -> str:
@@ -188,8 +189,12 @@ def markdown_table(head: list[str], lines: list[list]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
-def markdown(rows: list[dict], aggregates: list[dict], origin: dict) -> str:
+def markdown(rows: list[dict], aggregates: list[dict], runs: list[dict], origin: dict) -> str:
     """The document d4rl.md."""
+
+    def made(what):
+        return ", ".join(sorted({run["versions"].get(what) or "unknown" for run in runs})) or "none"
+
     lines, groups = [], []
     for row in rows:
         paper = row["published"]
@@ -204,8 +209,8 @@ def markdown(rows: list[dict], aggregates: list[dict], origin: dict) -> str:
     labels = "".join(f"- {label}\n" for label in dict.fromkeys(row["data"] for row in rows if row["data"]))
     return f"""# Diffusion-QL on D4RL's tasks
 
-Made by `python -m bench.d4rl` on {origin["date"]}, commit {origin["commit"]}, torch {origin["torch"]},
-{origin["gpu"] or origin["cpu"]}. Options of `dql.py`: {options}.
+Written by `python -m bench.d4rl` on {origin["date"]}. The runs: commit {made("commit")}, torch {made("torch")},
+{made("device")}. Options of `dql.py`: {options}.
 
 Normalised score, mean ± standard deviation over seeds [95 % interval of the mean, Student's t]. Selected: the last evaluation;
 the best, which the paper calls online; by BC loss, offline; and by the released code's index, which chose the paper's offline
@@ -262,20 +267,24 @@ def draw(rows: list[dict], origin: dict, path: Path) -> None:
     axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel="normalised score: seeds, mean and its 95 % interval")
     axes.grid(axis="x", alpha=0.4)
     figure.legend(loc="outside upper center", ncols=3, fontsize=8, frameon=False)
-    axes.set_title(f"Diffusion-QL, {origin['date']}, commit {origin['commit']}; red: not D4RL's data", fontsize=9)
+    axes.set_title(f"Diffusion-QL, {origin['date']}; red: not D4RL's data", fontsize=9)
     with saved(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
 
 
 def write(results: Path, out: Path, configs: dict, runs: list[dict], options: list[str]) -> list[dict]:
     """The four files in results. options: dql.py's. -> the rows. Raises RunError where they cannot be written."""
-    failures = {task: failed["reason"] for task in configs if (failed := load(out / task / "failed.json"))}
+    failures = {}
+    for task, of_task in configs.items():
+        failed = load(out / task / "failed.json")
+        if failed and failed["config"] == common(of_task):
+            failures[task] = failed["reason"]
     rows = make_rows(configs, runs, failures)
     aggregates = make_aggregates(rows)
     origin = {**machine.describe(), "options": options}
     save_json(results / "d4rl.json", {**origin, "rows": rows, "aggregates": aggregates, "runs": runs})
     with saved(results / "d4rl.md") as temporary:
-        temporary.write_text(markdown(rows, aggregates, origin))
+        temporary.write_text(markdown(rows, aggregates, runs, origin))
     write_csv(rows, results / "d4rl.csv")
     draw(rows, origin, results / "d4rl.png")
     return rows

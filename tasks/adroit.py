@@ -72,6 +72,10 @@ class PenWorld(World):
         model = self.simulation.model
         self.place(who, model.qpos0, np.zeros(model.nv), rng)
 
+    def show(self, model: mujoco.MjModel) -> None:
+        """The model's second pen points as is wanted. In the simulation it does not: nothing comes near enough to touch it."""
+        mujoco.mju_quatZ2Vec(model.body("target").quat, self.wanted[0])
+
     def step(self, who: np.ndarray, actions: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         actions = checked_actions(actions, (len(who), len(self.middle)))
         self.simulation.step(who, self.middle + self.reach * actions, FRAME_SKIP)

@@ -121,6 +121,11 @@ def _d4rl(task, path: Path, reason: str, repair: bool, log) -> Dataset:
 
 
 def _file(task, path: Path, repair: bool, log) -> Dataset:
+    from . import get, names  # only here: the package imports this module
+
+    others = {fetch.base_name(get(name)): name for name in names() if name != task.name}
+    if path.name in others:
+        raise TaskError(f"{path} is D4RL's file of {others[path.name]}, not of {task.name}; give another file or another task")
     reason = f"the file {path}, asked for by its path"
     log(f"data: {reason}")
     arrays = read_hdf5(path, task, repair=repair, log=log)
@@ -332,6 +337,9 @@ def _check_layout(file: h5py.File, path: Path, task) -> int:
     if missing:
         there = ", ".join(sorted(file)[:8]) or "nothing"
         raise TaskError(f"{path} lacks {', '.join(missing)} (it has {there}); use a file in D4RL's layout")
+    made_for = file.attrs.get("task", task.name)  # data generated here say it
+    if made_for != task.name:
+        raise TaskError(f"{path} was generated for {made_for}, not for {task.name}; give another file or another task")
     arrays = {key: file[key] for key in (*keys, "timeouts") if key in file}
     for key, array in arrays.items():
         if array.dtype.kind not in "biuf":

@@ -4,6 +4,7 @@
     env = gymnasium.make("hopper-medium-v2", render_mode="rgb_array")
 """
 
+import copy
 import importlib
 import os
 import sys
@@ -59,10 +60,12 @@ class TaskEnv(gymnasium.Env):
             return None
         simulation = self.world.simulation
         if self._camera is None:
-            self._camera = Camera(simulation.model, self.task.camera(simulation.model), *self._picture_size)
-        data = mujoco.MjData(simulation.model)
+            self._shown = copy.copy(simulation.model)  # pictures change it, and other worlds have the same one
+            self._camera = Camera(self._shown, self.task.camera(self._shown), *self._picture_size)
+        self.world.show(self._shown)
+        data = mujoco.MjData(self._shown)
         data.qpos[:], data.qvel[:] = simulation.qpos[0], simulation.qvel[0]
-        mujoco.mj_forward(simulation.model, data)
+        mujoco.mj_forward(self._shown, data)
         return self._camera.shoot(data)
 
     def close(self) -> None:

@@ -26,7 +26,7 @@ MAKERS = {"antmaze": ".antmaze_data", "locomotion": ".locomotion_data"}
 
 def maker(task: Task):
     """The module that makes a task's data. Raises TaskError for a task without one."""
-    if task.family not in MAKERS:
+    if not task.can_generate:
         raise TaskError(f"there are no generated data for {task.name}: give D4RL's file, or another with --data PATH")
     return importlib.import_module(MAKERS[task.family], __package__)
 

@@ -1,6 +1,6 @@
 """A local Minari data set as a task's transitions.
 
-    pip install "minari[hf]"                        not among the requirements; [hf] is for the download
+    pip install "minari[hf]"                        what downloads takes more than what reads: [hf]
     minari download mujoco/hopper/medium-v0         into ~/.minari/datasets, or $MINARI_DATASETS_PATH
     tasks.load(task, "minari:mujoco/hopper/medium-v0")
 
@@ -61,7 +61,7 @@ def _opened(name: str):
     try:
         import minari
     except ImportError as error:
-        raise TaskError(f"reading Minari's {name} takes the package minari: pip install minari") from error
+        raise TaskError(f"reading Minari's {name} takes the package minari: pip install -r requirements.txt") from error
     try:
         return minari.load_dataset(name)
     except FileNotFoundError:

@@ -22,9 +22,10 @@ class Simulation:
     """n states of one model, each alone in its own world. A context manager.
 
     qpos (n, nq), qvel (n, nv) and states (n, nq + nv), both side by side, are views of the same float64 numbers: they follow
-    every step, and writing to them moves a copy, as place() does. sensors (n, nsensordata) are as mj_step leaves them: from before the last substep, not after it, as all that
-    D4RL's environments read from MuJoCo beyond qpos and qvel; place() computes them for the placed state itself. The solver
-    starts cold at each call of step(), so that a step is a function of qpos, qvel and the control alone.
+    every step, and writing to them moves a copy, as place() does. sensors (n, nsensordata) are as mj_step leaves them: from
+    before the last substep, not after it, as all that D4RL's environments read from MuJoCo beyond qpos and qvel; place()
+    computes them for the placed state itself. The solver starts cold at each call of step(), so that a step is a function of
+    qpos, qvel and the control alone.
     """
 
     def __init__(self, model: mujoco.MjModel, n: int, n_threads: int | None = None):
@@ -77,7 +78,8 @@ def load_spec(package: str, xml: str) -> mujoco.MjSpec:
     """A model's XML out of an installed package, which is not imported. Raises TaskError where the package is missing."""
     found = find_spec(package)
     if found is None:
-        raise TaskError(f"the package {package.replace('_', '-')} is missing, and this task's model is in it: pip install -r requirements.txt")
+        name = package.replace("_", "-")
+        raise TaskError(f"the package {name} is missing, and this task's model is in it: pip install -r requirements.txt")
     return mujoco.MjSpec.from_file(str(Path(found.submodule_search_locations[0]) / xml))
 
 

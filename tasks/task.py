@@ -76,6 +76,9 @@ class World:
         """
         raise NotImplementedError
 
+    def show(self, model) -> None:
+        """Change a copy of the model to show, in a picture, what else the first episode is about."""
+
     def __enter__(self) -> "World":
         return self
 

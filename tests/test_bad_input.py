@@ -373,6 +373,7 @@ def test_evaluating_with_what_a_run_was_not_trained_with_is_refused(capsys, run,
 @pytest.mark.parametrize("error, whose", [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the manual."), "the GPU's memory is full (CUDA out"),
     (MemoryError("Unable to allocate 7.45 GiB for an array"), "memory is full (Unable to allocate"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory"), "memory is full ([enforce"),
 ])  # fmt: skip
 def test_a_full_memory_says_what_would_take_less(capsys, tmp_path, data, monkeypatch, error, whose):
     def full(self, batch, noise=None):

@@ -253,6 +253,19 @@ def test_a_file_of_another_size_is_named_as_the_family_that_it_fits(tmp_path, na
     assert name.split("-")[0] in datasets.FAMILIES[task.state_dim, task.action_dim]
 
 
+def test_a_file_of_another_task_of_the_same_size_is_known_by_d4rls_name_and_by_what_made_it(tmp_path):
+    cheetah, walker = tasks.get("halfcheetah-medium-v2"), tasks.get("walker2d-medium-v2")
+    made = arrays(state_dim=17, action_dim=6)
+    named = write(tmp_path / "walker2d_medium-v2.hdf5", made)
+    assert "D4RL's file of walker2d-medium-v2, not of halfcheetah-medium-v2" in error_of(datasets.load, cheetah, named, log=quiet)
+    assert len(datasets.load(walker, named, log=quiet))
+    generated = write(tmp_path / "mine.hdf5", made)
+    assert len(datasets.load(cheetah, generated, log=quiet))  # nothing says whose it is
+    with h5py.File(generated, "r+") as file:
+        file.attrs["task"] = "walker2d-medium-v2"
+    assert "generated for walker2d-medium-v2" in error_of(datasets.load, cheetah, generated, log=quiet)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # The repaired reading of antmaze files
 

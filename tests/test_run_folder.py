@@ -235,3 +235,5 @@ def test_a_run_says_of_which_commit_it_is_and_nothing_where_git_is_missing(monke
     assert run_folder.versions()["commit"] == run_folder.commit()
     monkeypatch.setenv("PATH", "")
     assert run_folder.commit() == ""
+    monkeypatch.setenv("DQL_COMMIT", "abc1234")  # as a node of a cluster is told
+    assert run_folder.versions()["commit"] == "abc1234"

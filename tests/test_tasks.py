@@ -1,5 +1,6 @@
 """All twenty tasks: sizes, limits, scores and files; and of locomotion, pen and kitchen the dynamics, rewards and ends."""
 
+import copy
 import dataclasses
 import warnings
 from pathlib import Path
@@ -421,6 +422,17 @@ def test_an_environment_is_drawn_from_its_side(name):
     finally:
         env.close()
     assert picture.shape == (120, 160, 3) and picture.std() > 10
+
+
+def test_a_picture_of_the_pen_shows_the_direction_that_is_wanted():
+    with PenWorld(1, 1) as world, PenWorld(1, 1) as other:
+        world.reset(np.array([0]), np.random.default_rng(1))
+        shown = copy.copy(world.simulation.model)
+        world.show(shown)
+        data = mujoco.MjData(shown)
+        mujoco.mj_forward(shown, data)
+        np.testing.assert_allclose(data.body("target").xmat.reshape(3, 3)[:, 2], world.wanted[0], atol=1e-12)
+        np.testing.assert_array_equal(other.simulation.model.body("target").quat, [1, 0, 0, 0])  # no other world's is turned
 
 
 def test_episodes_are_drawn_to_a_file_that_is_whole_or_not_there(tmp_path):
