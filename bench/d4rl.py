@@ -8,10 +8,11 @@
     python -m bench.d4rl --table -- --data d4rl                 # only the table, of what is finished so far
 
 What follows `--` goes to dql.py. Without --data d4rl there, a task whose file cannot be had is trained on generated data, where
-there are any; a run keeps the data that it began with. A task with its seeds is one process, `python dql.py --env TASK --seeds ...`, whose runs go
-to runs/d4rl/TASK (--out). Call it again, with the same options, to go on: finished runs stay, interrupted ones are resumed.
-A task that fails leaves failed.json with the reason there, the others go on, and the next call tries it again. The table, with
-the paper's scores, goes to bench/results/d4rl.md, .csv, .json and .png (--results); bench/d4rl_table.py says how it is made.
+there are any; a run keeps the data that it began with. A task with its seeds is one process, `python dql.py --env TASK --seeds
+...`, whose runs go to runs/d4rl/TASK (--out). Call it again, with the same options, to go on: finished runs stay, interrupted
+ones are resumed. A task that fails leaves failed.json with the reason there, the others go on, and the next call tries it again.
+The table, with the paper's scores, goes to bench/results/d4rl.md, .csv, .json and .png (--results); bench/d4rl_table.py says how
+it is made.
 
 On a cluster every node needs requirements.txt installed; this repository's code is sent. --out is the same path on every node,
 and so is a data file named after `--data`; D4RL's own are looked for in each node's cache. Where --out is a shared folder, a

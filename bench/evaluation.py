@@ -3,9 +3,9 @@
     python -m bench.evaluation                       # all kinds of task, two threads: some minutes
     python -m bench.evaluation --tasks hopper-medium-v2 --threads 1
 
-Environment steps a second with random actions, so of the physics and its bookkeeping alone: a task's world with as many episodes as
-the paper evaluates, ended ones begun anew, and with 10, against gymnasium's SyncVectorEnv (one process steps all) and AsyncVectorEnv (a process an
-episode), both with 10. Tasks that differ in their data alone are measured once. The contestants take turns; the median of the
+Environment steps a second with random actions, so of the physics and its bookkeeping alone: a task's world with as many episodes
+as the paper evaluates, ended ones begun anew, and with 10, against gymnasium's SyncVectorEnv (one process steps all) and
+AsyncVectorEnv (a process an episode), both with 10. Tasks that differ in their data alone are measured once. The contestants take turns; the median of the
 rounds is what is written to bench/results/evaluation.json.
 """
 

@@ -184,7 +184,8 @@ class Task:
             axes.plot(total, color=LINE, linewidth=1.0, alpha=faint)
             if over:
                 axes.plot(len(rewards), total[-1], "o", color=END, markersize=4, markeredgecolor="white", markeredgewidth=0.5)
-        axes.plot([], [], "o", color=END, markersize=4, label=f"terminated: {int(episodes.terminated.sum())} of {len(episodes.returns)}")
+        ended = f"terminated: {int(episodes.terminated.sum())} of {len(episodes.returns)}"
+        axes.plot([], [], "o", color=END, markersize=4, label=ended)
         if self.ref_max < 2 * max(episodes.returns.max(), 1e-9):  # where it is near enough to leave room for the rest
             axes.axhline(self.ref_max, color=EXPERT, linewidth=0.8, linestyle="--", label="D4RL's expert")
         axes.legend(frameon=False, loc="upper left")

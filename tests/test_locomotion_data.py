@@ -89,10 +89,8 @@ def test_trajectories_end_by_falling_or_by_the_limit_and_never_by_both(data):
 
 
 def test_better_data_have_better_returns():
-    returns = [
-        statistics(simulate(dataclasses.replace(tasks.get(f"hopper-{quality}-v2"), episode_limit=300), 30 * 300, 0, Recipe()))["mean_return"]
-        for quality in ("medium-replay", "medium", "medium-expert")
-    ]
+    qualities = [small(f"hopper-{quality}-v2", limit=300) for quality in ("medium-replay", "medium", "medium-expert")]
+    returns = [statistics(simulate(task, 30 * 300, 0, Recipe()))["mean_return"] for task in qualities]
     assert returns[0] < returns[1] < returns[2]
 
 
@@ -116,7 +114,8 @@ def test_a_file_has_d4rls_keys_and_is_read_and_labelled_as_generated(tmp_path, m
     task = small("halfcheetah-medium-v2", limit=50)
     path = cached(task, n_transitions=500, seed=2, **QUIET)
     with h5py.File(path) as file:
-        shapes = {key: file[key].shape for key in ("observations", "actions", "rewards", "terminals", "timeouts", "infos/qpos", "infos/qvel")}
+        keys = ("observations", "actions", "rewards", "terminals", "timeouts", "infos/qpos", "infos/qvel")
+        shapes = {key: file[key].shape for key in keys}
         assert list(shapes.values()) == [(500, 17), (500, 6), (500,), (500,), (500,), (500, 9), (500, 9)]
         assert file.attrs["seed"] == 2 and file.attrs["mean_return"] == pytest.approx(statistics_of(file))
     dataset = load(task, "generated", seed=2, n_generated=500, **QUIET)

@@ -190,7 +190,10 @@ def test_a_body_that_has_fallen_ends_its_episode_and_a_cheetah_never(body, chang
     assert terminated.tolist() == [over]
 
 
-@pytest.mark.parametrize("body, alive, cost, seconds", [("hopper", 1, 1e-3, 0.008), ("halfcheetah", 0, 0.1, 0.05), ("walker2d", 1, 1e-3, 0.008)])
+PAY = [("hopper", 1, 1e-3, 0.008), ("halfcheetah", 0, 0.1, 0.05), ("walker2d", 1, 1e-3, 0.008)]
+
+
+@pytest.mark.parametrize("body, alive, cost, seconds", PAY)
 def test_running_is_paid_and_effort_costs(body, alive, cost, seconds):
     n = SIZES[body][1]
     action = np.linspace(-2.0, 1.0, n)[None]  # the first is clipped, and costs as -1 does
