@@ -6,8 +6,9 @@
     python -m bench.bandit --fused                    # the same policies drawn by the fused sampler, on a GPU
 
 Four corners of a square, σ = 0.05, are equally likely in the data; they pay 3.0, 0.0, 1.5 and 5.0 on average. There is one state.
-Trained are the eight policies of bench/bandit_policies.py, and BC-Diffusion with fewer steps. The data are the same 10,000 for
-all, drawn by numpy from seed 2022; a policy's seed gives its weights, minibatches and noise. Every policy that is done is kept in
+Trained are the eight policies of bench/bandit_policies.py, and BC-Diffusion with fewer steps. The data are the authors' own 10,000,
+the same for all; a policy's seed gives its weights, minibatches and noise. Which 10,000 they are matters to the paper's recipe:
+by chance rewards have a slope within a corner, a critic learns it in 100,000 updates, and Diffusion-QL climbs it. Every policy that is done is kept in
 runs/bandit, under the whole configuration that made it: an interrupted command goes on from there, and commands that need the
 same policies share them (after a change of how they train, empty that folder). Writes bandit.png, bandit_steps.png and
 bandit.json to bench/results (--out).
@@ -77,7 +78,7 @@ class Cell(NamedTuple):
     recipe: Recipe
 
     def configuration(self) -> dict:
-        return self._asdict() | {"recipe": self.recipe._asdict(), "data_seed": DATA_SEED}
+        return self._asdict() | {"recipe": self.recipe._asdict(), "data": f"the authors', seed {DATA_SEED}"}
 
     def path(self) -> Path:
         key = hashlib.sha256(json.dumps(self.configuration(), sort_keys=True).encode()).hexdigest()[:12]
@@ -95,15 +96,24 @@ def make_cell(method, seed, eta, n_timesteps, quick) -> Cell:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def make_data(rng, n=N_DATA) -> tuple[np.ndarray, np.ndarray]:
-    """n actions (n,2), the corners one after the other, and the rewards drawn for them (n,)."""
+def draw_actions(rng, n) -> np.ndarray:
+    """n other actions (n,2) like the data's, the corners one after the other."""
     corner = np.arange(n) * len(CORNERS) // n
-    actions = (CORNERS[corner] + SIGMA * rng.standard_normal((n, ACTION_DIM))).clip(-1, 1)
-    return actions, REWARDS[corner] + REWARD_SIGMA * rng.standard_normal(n)
+    return (CORNERS[corner] + SIGMA * rng.standard_normal((n, ACTION_DIM))).clip(-1, 1)
+
+
+def released_data() -> tuple[np.ndarray, np.ndarray]:
+    """The authors' actions (N_DATA,2) and rewards (N_DATA,): torch's generator at their seed, asked in the order of their code."""
+    generator, each = torch.Generator().manual_seed(DATA_SEED), N_DATA // len(CORNERS)
+    means = torch.tensor(CORNERS, dtype=torch.float32)
+    sigma = torch.full((each, ACTION_DIM), SIGMA)
+    actions = [torch.normal(mean.expand(each, -1), sigma, generator=generator).clip(-1, 1) for mean in means]
+    rewards = [mean + REWARD_SIGMA * torch.randn(each, generator=generator) for mean in REWARDS]
+    return torch.cat(actions).numpy(), torch.cat(rewards).numpy()
 
 
 def transitions() -> Transitions:
-    actions, rewards = make_data(np.random.default_rng(DATA_SEED))
+    actions, rewards = released_data()
     states = np.zeros((N_DATA, STATE_DIM))
     return Transitions(states, actions, states, rewards, np.ones(N_DATA))
 
@@ -367,7 +377,7 @@ def make(options) -> None:
     train_cells(wanted, options.jobs, options.compile)
 
     rng = np.random.default_rng(DATA_SEED + 1)
-    data, again = (make_data(rng, SAMPLES)[0] for _ in range(2))
+    data, again = (draw_actions(rng, SAMPLES) for _ in range(2))
     found = {cell: collect(cell, data, options.fused) for cell in wanted}
     samples = {name: found[of_one[0]][0] for name, of_one in cells.items()}
     results = {"data": [figures(again, data)]} | {name: [found[cell][1] for cell in of_one] for name, of_one in cells.items()}

@@ -14,12 +14,12 @@ from conftest import ROOT
 
 import kernels
 from bench import bandit
-from bench.bandit import NAMES, REWARDS, Recipe, figures, make_data
+from bench.bandit import NAMES, REWARDS, Recipe, draw_actions, figures, released_data
 from bench.bandit_policies import CLIMBING, CLONING, METHODS, laplacian_mmd, train
 from dql import DiffusionQL
 
 TRANSITIONS = bandit.transitions()
-DATA = make_data(np.random.default_rng(5), 1000)[0]
+DATA = draw_actions(np.random.default_rng(5), 1000)
 
 
 def make(name, seed=0, n_timesteps=5, eta=2.5, recipe=Recipe(), **how):
@@ -86,7 +86,7 @@ def test_the_full_recipe_shows_what_the_paper_does():
 
 
 def test_the_data_are_the_papers():
-    actions, rewards = make_data(np.random.default_rng(2022))
+    actions, rewards = released_data()
     assert actions.shape == (10_000, 2) and np.abs(actions).max() <= 1
     expected = {"upper left": (-0.8, 0.8, 3.0), "lower left": (-0.8, -0.8, 0.0), "upper right": (0.8, 0.8, 1.5)}
     expected["lower right"] = (0.8, -0.8, 5.0)
@@ -103,7 +103,7 @@ def test_only_what_lies_at_a_corner_is_counted_and_paid():
     found = figures(at, DATA)
     assert list(found["shares"].values()) == [1 / 8, 1 / 8, 1 / 8, 2 / 8]
     assert found["outside"] == 3 / 8 and found["reward"] == (3.0 + 0.0 + 1.5 + 2 * 5.0) / 8
-    of_data = figures(make_data(np.random.default_rng(6), 1000)[0], DATA)
+    of_data = figures(draw_actions(np.random.default_rng(6), 1000), DATA)
     assert 0.97 < 1 - of_data["outside"] < 1 and abs(of_data["reward"] - REWARDS.mean()) < 0.1 and of_data["mmd"] < 0.05
 
 
