@@ -65,7 +65,8 @@ class Recipe(NamedTuple):
     critic_first: int = 0  # updates of the critics alone, before those of everything
 
 
-QUICK = {"cloning": Recipe(2000, 3e-3, decay=True), "climbing": Recipe(800, 3e-3, decay=True, critic_first=2000)}
+# The critics need their updates: until they have flattened at the best corner, Q rises beyond it, and what climbs goes there.
+QUICK = {"cloning": Recipe(2000, 3e-3, decay=True), "climbing": Recipe(800, 3e-3, decay=True, critic_first=5000)}
 
 
 class Cell(NamedTuple):

@@ -52,9 +52,9 @@ def test_a_gaussian_does_not():
 
 def test_diffusion_with_q_goes_to_the_best_corner():
     # Five steps, 800 updates. The full recipe's figures are asserted below.
-    found = trained("Diffusion-QL", 800, 6e-3, 2000, n_timesteps=5)
-    assert found["shares"]["lower right"] > 0.70  # four seeds: 0.805 to 0.832
-    assert found["reward"] > 3.5  # 4.03 to 4.16
+    found = trained("Diffusion-QL", 800, 6e-3, 6000, n_timesteps=5)
+    assert found["shares"]["lower right"] > 0.65  # four seeds: 0.715 to 0.848; with 2,000 updates of the critics first 0.188
+    assert found["reward"] > 3.2  # 3.58 to 4.24
     assert sum(found["shares"].values()) - found["shares"]["lower right"] < 0.02  # at most 0.001
 
 
@@ -96,6 +96,17 @@ def test_the_data_are_the_papers():
         for column, mean, sigma in zip(columns, expected[name], (0.05, 0.05, 0.5)):
             assert abs(column.mean() - mean) < 5 * sigma / 50 and abs(column.std() / sigma - 1) < 0.08
     assert np.allclose(TRANSITIONS.columns[1].numpy(), actions) and not TRANSITIONS.columns[0].any()
+
+
+def test_the_data_are_those_that_the_authors_seed_draws():
+    """All actions, then all rewards, corner by corner, from torch's global generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2022)
+        corners = [torch.tensor(xy) for xy in ((-0.8, 0.8), (-0.8, -0.8), (0.8, 0.8), (0.8, -0.8))]
+        actions = [torch.distributions.Normal(xy, torch.full((2,), 0.05)).sample((2500,)).clip(-1, 1) for xy in corners]
+        rewards = [mean + 0.5 * torch.randn(2500, 1) for mean in (3.0, 0.0, 1.5, 5.0)]
+    ours = released_data()
+    assert np.array_equal(ours[0], torch.cat(actions).numpy()) and np.array_equal(ours[1], torch.cat(rewards)[:, 0].numpy())
 
 
 def test_only_what_lies_at_a_corner_is_counted_and_paid():
