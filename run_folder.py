@@ -90,13 +90,22 @@ def commit() -> str:
         return ""
 
 
+def cpu_name() -> str:
+    """The processor's name, where the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
 def versions() -> dict:
     """Of everything that a run's figures depend on."""
     packages = {}
     for name in ("torch", "triton", "numpy", "mujoco", "gymnasium", "gymnasium-robotics"):
         with suppress(PackageNotFoundError):  # not every task and backend needs each
             packages[name] = version(name)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
     return {"commit": commit(), "python": platform.python_version(), **packages, "device": device}
 
 

@@ -3,21 +3,11 @@
 import os
 import platform
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from run_folder import commit
-
-
-def cpu_name() -> str:
-    """The processor's name, where the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+from run_folder import commit, cpu_name
 
 
 def describe() -> dict:
