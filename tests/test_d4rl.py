@@ -166,7 +166,15 @@ def wait_for(condition, seconds=20):
         time.sleep(0.05)
 
 
-def test_ctrl_c_stops_the_children_and_says_how_to_go_on(bench, capsys):
+@pytest.fixture
+def interruptible():
+    """Ctrl-C interrupts, also where the test runner's parent has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_stops_the_children_and_says_how_to_go_on(bench, capsys, interruptible):
     bench.seconds = 60
 
     def interrupt():

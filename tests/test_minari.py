@@ -113,7 +113,7 @@ def test_a_name_that_is_none_is_an_error_and_nothing_else(folder, name):
 
 def test_without_the_package_the_command_that_installs_it_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "minari", None)
-    assert "pip install minari" in error_of()
+    assert "takes the package minari: pip install -r requirements.txt" in error_of()
 
 
 SIZES = {"observation": 7, "achieved_goal": 2, "desired_goal": 2}
