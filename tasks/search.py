@@ -150,7 +150,8 @@ def main() -> None:
         how, policies = saved["search"], [p | measured(options.body, p) for p in saved["policies"]]
     path.parent.mkdir(exist_ok=True)
     with written_whole(path) as temporary:
-        temporary.write_text(json.dumps({"search": how, "policies": policies}, indent=1) + "\n")
+        lines = ",\n".join(map(json.dumps, policies))
+        temporary.write_text(f'{{"search": {json.dumps(how)},\n"policies": [\n{lines}\n]}}\n')
 
 
 if __name__ == "__main__":
