@@ -7,6 +7,7 @@ before it exits with 1, or a number, the signal to die of. Appends to calls.json
 import json
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -27,8 +28,9 @@ def put_json(path, content):
 
 
 def begin(folder: Path, config: dict) -> Path:
-    run = folder / f"{config['env']}-ql-d4rl-seed{config['seed']}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    prefix = f"{config['env']}-ql-d4rl-seed{config['seed']}-"
+    run = Path(tempfile.mkdtemp(prefix=prefix, dir=folder))  # not by the time: two runs may begin in one second
     data = {"label": f"D4RL {config['env']}", "source": "d4rl", "crc32": 1}
     put_json(run / "config.json", {"config": {**config, "out": str(folder)}, "data": data, "versions": {"torch": "0"}})
     put(run / "resume.safetensors", lambda temporary: save_file({"step": np.array(7)}, temporary))
