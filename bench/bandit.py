@@ -55,6 +55,8 @@ N_DATA, DATA_SEED = 10_000, 2022
 SAMPLES, SHOWN = 1000, 100  # evaluated; shown of a policy that climbs Q, as in the paper
 STEPS = (2, 5, 10, 50)  # T in the picture of its own
 DIFFUSION, WITH_ETA = ("BC-Diffusion", "Diffusion-QL"), ("TD3+BC", "Diffusion-QL")
+DECAYED = "Diffusion-QL, decayed"  # the paper's recipe but for its rates, a line of its own beside the four that climb
+COURSE = 100  # looks at Diffusion-QL during its training
 BANDWIDTH = 0.1  # h of the MMD
 
 
@@ -79,7 +81,8 @@ class Cell(NamedTuple):
     recipe: Recipe
 
     def configuration(self) -> dict:
-        return self._asdict() | {"recipe": self.recipe._asdict(), "data": f"the authors', seed {DATA_SEED}"}
+        course = {"course": COURSE} if self.method == "Diffusion-QL" else {}
+        return self._asdict() | {"recipe": self.recipe._asdict(), "data": f"the authors', seed {DATA_SEED}"} | course
 
     def path(self) -> Path:
         key = hashlib.sha256(json.dumps(self.configuration(), sort_keys=True).encode()).hexdigest()[:12]
@@ -156,21 +159,37 @@ def build(cell: Cell):
 
 
 def train_cell(cell: Cell, compiled: bool) -> str:
-    """Train a policy on one core, and keep its samples, and the weights of a diffusion policy. -> a line about it"""
+    """Train a policy on one core, and keep its samples, the weights of a diffusion policy, the course of Diffusion-QL.
+
+    A course is the shares (COURSE,4) at the corners after every 1/COURSE of the updates. Training goes on as if nobody looked.
+    -> a line about it
+    """
     torch.set_num_threads(1)
     method, data = build(cell), transitions()
     compiled = compiled and cell.method == "Diffusion-QL"  # the one that is slow: its gradient passes through the whole chain
     if compiled:
         method.compile()
+    course, looks = [], {cell.recipe.updates * (i + 1) // COURSE for i in range(COURSE)}
+
+    def look(done):
+        if done in looks:
+            before = method.generator.get_state()
+            course.append(shares(method.sample(SAMPLES).numpy()))
+            method.generator.set_state(before)
+
+    watch = {"watch": look} if cell.method == "Diffusion-QL" else {}
     cpu, wall = time.process_time(), time.perf_counter()
-    train(method, data, cell.recipe.updates, cell.recipe.critic_first)
+    train(method, data, cell.recipe.updates, cell.recipe.critic_first, **watch)
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     samples = method.sample(SAMPLES)
     tensors = {"samples": samples}
+    if course:
+        tensors["course"] = torch.tensor(np.array(course))
     if cell.method in DIFFUSION:
         tensors |= {f"policy.{name}": value for name, value in method.policy.state_dict().items()}
     save_tensors(cell.path(), tensors, {"cell": cell.configuration(), "cpu_s": cpu, "wall_s": wall, "compiled": compiled})
     which = f"{cell.method}{f', T = {cell.n_timesteps}' if cell.n_timesteps else ''}, seed {cell.seed}"
+    which += ", rates decaying" if cell.recipe.decay else ""
     return f"{time.strftime('%H:%M:%S')} {which}: {wall:.0f} s, mean reward {shares(samples.numpy()) @ REWARDS:.2f}"
 
 
@@ -232,8 +251,10 @@ def collect(cell: Cell, data, fused: bool) -> tuple[np.ndarray, dict]:
     samples, more = tensors["samples"].numpy(), {}
     if fused and cell.method in DIFFUSION:
         policy = build(cell).policy
-        policy.load_state_dict({k.removeprefix("policy."): v for k, v in tensors.items() if k != "samples"})
+        policy.load_state_dict({k.removeprefix("policy."): v for k, v in tensors.items() if k.startswith("policy.")})
         samples, more["fused"] = compare_fused(policy.to(fused_device()), SAMPLES)
+    if "course" in tensors:
+        more["course"] = [dict(zip(NAMES, found)) for found in tensors["course"].tolist()]
     how = {k: saved[k] for k in ("cpu_s", "wall_s", "compiled")}
     return samples, {"seed": cell.seed, **figures(samples, data), **how, **more}
 
@@ -254,7 +275,7 @@ def table(results: dict) -> list[list[str]]:
     for name, runs in results.items():
         line = [name, *(spread([100 * run["shares"][corner] for run in runs]) for corner in NAMES)]
         line += [spread([100 * run["outside"] for run in runs]), spread([run["reward"] for run in runs], 2)]
-        line += ["" if name in CLIMBING else spread([run["mmd"] for run in runs], 3)]
+        line += ["" if name in (*CLIMBING, DECAYED) else spread([run["mmd"] for run in runs], 3)]
         line += ["" if name == "data" else spread([run["cpu_s"] for run in runs], 0)]
         lines.append(line)
     return lines
@@ -279,7 +300,7 @@ def write_table(axes, lines, ruled) -> None:
     axes.axis("off")
     columns = [0.02, *np.linspace(0.19, 0.95, len(HEADER) - 1)]
     for y, line in enumerate([HEADER, *lines], start=-1):
-        weight = "bold" if line[0] in DIFFUSION else "normal"
+        weight = "bold" if line[0] in (*DIFFUSION, DECAYED) else "normal"
         how = dict(fontsize=10, color="0.25") if y < 0 else dict(fontsize=11, weight=weight)
         for i, (x, text) in enumerate(zip(columns, line)):
             axes.text(x, y + (0.2 if y < 0 else 0.5), text, ha="center" if i else "left", va="center", **how)
@@ -332,6 +353,23 @@ def draw_steps(samples: dict, results: dict, data, note: str, path: Path) -> Non
         figure.savefig(temporary, format="png", dpi=100)
 
 
+def draw_course(results: dict, updates: dict, note: str, path: Path) -> None:
+    """What Diffusion-QL does while it trains, a line a seed. results: name -> its runs; updates: name -> how many"""
+    figure = Figure(figsize=(14.5, 3.2), layout="constrained")
+    panels = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
+    for axes, (name, runs) in zip(panels, results.items()):
+        for run in runs:
+            at = [100 * found[NAMES[-1]] for found in run["course"]]
+            axes.plot(np.linspace(0, updates[name], len(at) + 1)[1:], at, linewidth=1.2, label=f"seed {run['seed']}")
+        axes.set(xlim=(0, updates[name]), ylim=(0, 100), xlabel="updates", title=name)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("% of samples within 3σ\nof the best corner")
+    panels[0].legend(fontsize=9)
+    figure.suptitle(note, fontsize=9, color="0.35")
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------------------------------
@@ -372,6 +410,10 @@ def make(options) -> None:
     """Train what is not there yet, then the figures, the pictures, the JSON and the table in print."""
     methods = [name for name in METHODS if name in options.methods]
     cells = {name: [make_cell(name, seed, options.eta, options.T, options.quick) for seed in options.seeds] for name in methods}
+    climbing = {name: cells[name] for name in methods if name == "Diffusion-QL"}
+    if climbing and not options.quick:
+        climbing[DECAYED] = [cell._replace(recipe=cell.recipe._replace(decay=True)) for cell in climbing["Diffusion-QL"]]
+        cells |= climbing
     steps = STEPS if "BC-Diffusion" in methods else ()
     sweep = {T: [make_cell("BC-Diffusion", seed, 0.0, T, options.quick) for seed in options.seeds] for T in steps}
     wanted = list(dict.fromkeys(cell for of_one in (*cells.values(), *sweep.values()) for cell in of_one))
@@ -392,13 +434,17 @@ def make(options) -> None:
     if sweep:
         drawn = {T: found[of_one[0]][0] for T, of_one in sweep.items()}
         draw_steps(drawn, by_steps, data, f"BC-Diffusion by its number of steps T; {note}", options.out / f"{name}_steps.png")
+    if climbing and not options.fused:
+        updates = {name: of_one[0].recipe.updates for name, of_one in climbing.items()}
+        course = {name: results[name] for name in climbing}
+        draw_course(course, updates, f"Diffusion-QL while it trains; {note}", options.out / f"{name}_course.png")
     how = {"quick": options.quick, "eta": options.eta, "T": options.T, "samples": SAMPLES, "bandwidth": BANDWIDTH, "threads": 1}
     how["recipes"] = {name: of_one[0].recipe._asdict() for name, of_one in cells.items()}
     save_json(options.out / f"{name}.json", {**where, **how, "methods": results, "steps": by_steps})
     lines = [HEADER, *table(results), *table({f"BC, T = {T}": runs for T, runs in by_steps.items()})]
     for line in lines:
         first, *others = (text.replace("\n", ", ") for text in line)
-        print(f"{first:<13s}", *(f"{text:>18s}" for text in others))
+        print(f"{first:<21s}", *(f"{text:>18s}" for text in others))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -22,16 +22,18 @@ from dql import DiffusionQL, TwinCritic
 STATE_DIM, ACTION_DIM, HIDDEN, BATCH = 2, 2, 128, 100
 
 
-def train(method, transitions, updates: int, critic_first: int = 0) -> None:
+def train(method, transitions, updates: int, critic_first: int = 0, watch=lambda done: None) -> None:
     """updates updates of a method, each on a minibatch of dql.Transitions drawn uniformly with replacement.
 
     critic_first: before these, as many of its critics alone, where it has any. They learn the reward, whatever the policy does,
     and until they have, Q goes on rising beyond the best corner: a short run begins where a long one arrives.
+    watch: called after each update with how many are done.
     """
     for _ in range(critic_first):
         method.critic_update(transitions.sample(BATCH, method.generator))
-    for _ in range(updates):
+    for done in range(1, updates + 1):
         method.update(transitions.sample(BATCH, method.generator))
+        watch(done)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
