@@ -8,10 +8,11 @@
 Four corners of a square, σ = 0.05, are equally likely in the data; they pay 3.0, 0.0, 1.5 and 5.0 on average. There is one state.
 Trained are the eight policies of bench/bandit_policies.py, and BC-Diffusion with fewer steps. The data are the authors' own 10,000,
 the same for all; a policy's seed gives its weights, minibatches and noise. Which 10,000 they are matters to the paper's recipe:
-by chance rewards have a slope within a corner, a critic learns it in 100,000 updates, and Diffusion-QL climbs it. Every policy that is done is kept in
-runs/bandit, under the whole configuration that made it: an interrupted command goes on from there, and commands that need the
-same policies share them (after a change of how they train, empty that folder). Writes bandit.png, bandit_steps.png and
-bandit.json to bench/results (--out).
+by chance rewards have a slope within a corner, a critic learns it in 100,000 updates, and Diffusion-QL climbs it. That recipe can
+also leave part of Diffusion-QL at the edge of the square for good, where a young critic sent it; a line of its own shows it with
+critics that learn first. Every policy that is done is kept in runs/bandit, under the whole configuration that made it: an
+interrupted command goes on from there, and commands that need the same policies share them (after a change of how they train,
+empty that folder). Writes bandit.png, bandit_steps.png, bandit_course.png and bandit.json to bench/results (--out).
 
 The table's figures are of 1,000 samples a seed, ± the standard deviation over seeds. A sample is a corner's if it lies within 3σ
 of it, as 98.9 % of the data do, and then is worth that corner's mean reward. Outside all four it is worth nothing, as little as
@@ -55,7 +56,7 @@ N_DATA, DATA_SEED = 10_000, 2022
 SAMPLES, SHOWN = 1000, 100  # evaluated; shown of a policy that climbs Q, as in the paper
 STEPS = (2, 5, 10, 50)  # T in the picture of its own
 DIFFUSION, WITH_ETA = ("BC-Diffusion", "Diffusion-QL"), ("TD3+BC", "Diffusion-QL")
-DECAYED = "Diffusion-QL, decayed"  # the paper's recipe but for its rates, a line of its own beside the four that climb
+CRITICS_FIRST = "Diffusion-QL, critics first"  # beside the paper's recipe, by one that its early overshoot cannot spoil
 COURSE = 100  # looks at Diffusion-QL during its training
 BANDWIDTH = 0.1  # h of the MMD
 
@@ -67,8 +68,11 @@ class Recipe(NamedTuple):
     critic_first: int = 0  # updates of the critics alone, before those of everything
 
 
-# The critics need their updates: until they have flattened at the best corner, Q rises beyond it, and what climbs goes there.
+# Until the critics have flattened at the best corner, Q rises beyond it, and what climbs goes there, to the edge of the square.
+# A policy whose last x̂0 lies outside of the square is clipped there, has no gradient left, and stays where a wiser critic would
+# not have sent it. With critics that learn first it does not go; with decaying rates it comes to rest.
 QUICK = {"cloning": Recipe(2000, 3e-3, decay=True), "climbing": Recipe(800, 3e-3, decay=True, critic_first=5000)}
+FULL_CRITICS_FIRST = Recipe(20_000, decay=True, critic_first=50_000)
 
 
 class Cell(NamedTuple):
@@ -189,7 +193,7 @@ def train_cell(cell: Cell, compiled: bool) -> str:
         tensors |= {f"policy.{name}": value for name, value in method.policy.state_dict().items()}
     save_tensors(cell.path(), tensors, {"cell": cell.configuration(), "cpu_s": cpu, "wall_s": wall, "compiled": compiled})
     which = f"{cell.method}{f', T = {cell.n_timesteps}' if cell.n_timesteps else ''}, seed {cell.seed}"
-    which += ", rates decaying" if cell.recipe.decay else ""
+    which += ", critics first" if cell.recipe.critic_first else ""
     return f"{time.strftime('%H:%M:%S')} {which}: {wall:.0f} s, mean reward {shares(samples.numpy()) @ REWARDS:.2f}"
 
 
@@ -275,7 +279,7 @@ def table(results: dict) -> list[list[str]]:
     for name, runs in results.items():
         line = [name, *(spread([100 * run["shares"][corner] for run in runs]) for corner in NAMES)]
         line += [spread([100 * run["outside"] for run in runs]), spread([run["reward"] for run in runs], 2)]
-        line += ["" if name in (*CLIMBING, DECAYED) else spread([run["mmd"] for run in runs], 3)]
+        line += ["" if name in (*CLIMBING, CRITICS_FIRST) else spread([run["mmd"] for run in runs], 3)]
         line += ["" if name == "data" else spread([run["cpu_s"] for run in runs], 0)]
         lines.append(line)
     return lines
@@ -298,9 +302,9 @@ def write_table(axes, lines, ruled) -> None:
     """Text in columns, with a rule above each of the lines numbered in ruled."""
     axes.set(xlim=(0, 1), ylim=(len(lines) + 0.3, -1.6))
     axes.axis("off")
-    columns = [0.02, *np.linspace(0.19, 0.95, len(HEADER) - 1)]
+    columns = [0.02, *np.linspace(0.23, 0.95, len(HEADER) - 1)]
     for y, line in enumerate([HEADER, *lines], start=-1):
-        weight = "bold" if line[0] in (*DIFFUSION, DECAYED) else "normal"
+        weight = "bold" if line[0] in (*DIFFUSION, CRITICS_FIRST) else "normal"
         how = dict(fontsize=10, color="0.25") if y < 0 else dict(fontsize=11, weight=weight)
         for i, (x, text) in enumerate(zip(columns, line)):
             axes.text(x, y + (0.2 if y < 0 else 0.5), text, ha="center" if i else "left", va="center", **how)
@@ -412,7 +416,7 @@ def make(options) -> None:
     cells = {name: [make_cell(name, seed, options.eta, options.T, options.quick) for seed in options.seeds] for name in methods}
     climbing = {name: cells[name] for name in methods if name == "Diffusion-QL"}
     if climbing and not options.quick:
-        climbing[DECAYED] = [cell._replace(recipe=cell.recipe._replace(decay=True)) for cell in climbing["Diffusion-QL"]]
+        climbing[CRITICS_FIRST] = [cell._replace(recipe=FULL_CRITICS_FIRST) for cell in climbing["Diffusion-QL"]]
         cells |= climbing
     steps = STEPS if "BC-Diffusion" in methods else ()
     sweep = {T: [make_cell("BC-Diffusion", seed, 0.0, T, options.quick) for seed in options.seeds] for T in steps}
@@ -444,7 +448,7 @@ def make(options) -> None:
     lines = [HEADER, *table(results), *table({f"BC, T = {T}": runs for T, runs in by_steps.items()})]
     for line in lines:
         first, *others = (text.replace("\n", ", ") for text in line)
-        print(f"{first:<21s}", *(f"{text:>18s}" for text in others))
+        print(f"{first:<27s}", *(f"{text:>18s}" for text in others))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -14,9 +14,10 @@ from conftest import ROOT
 
 import kernels
 from bench import bandit
-from bench.bandit import NAMES, REWARDS, Recipe, draw_actions, figures, released_data
+from bench.bandit import CRITICS_FIRST, NAMES, REWARDS, Recipe, draw_actions, figures, released_data
 from bench.bandit_policies import CLIMBING, CLONING, METHODS, laplacian_mmd, train
 from dql import DiffusionQL
+from run_folder import load_tensors
 
 TRANSITIONS = bandit.transitions()
 DATA = draw_actions(np.random.default_rng(5), 1000)
@@ -67,7 +68,7 @@ def test_the_baselines_with_q_do_not(name):
 def test_the_full_recipe_shows_what_the_paper_does():
     path = ROOT / "bench/results/bandit.json"
     results = json.loads(path.read_text()) if path.exists() else {}
-    if not results or results["quick"] or set(results["methods"]) != {"data", *METHODS}:
+    if not results or results["quick"] or set(results["methods"]) != {"data", *METHODS, CRITICS_FIRST}:
         pytest.skip("the full recipe's results are not there")
     methods = results["methods"]
     assert all(len(runs) >= 3 for name, runs in methods.items() if name != "data")
@@ -75,9 +76,10 @@ def test_the_full_recipe_shows_what_the_paper_does():
         assert run["outside"] <= 0.10 and all(0.15 <= share <= 0.35 for share in run["shares"].values())
         assert all(run["mmd"] < other["mmd"] for name in CLONING if name != "BC-Diffusion" for other in methods[name])
     assert all(run["outside"] > 0.10 for run in methods["BC-MLE"])
-    for run in methods["Diffusion-QL"]:
+    others = [other for name in CLIMBING if name != "Diffusion-QL" for other in methods[name]]
+    assert all(run["reward"] > other["reward"] for run in methods["Diffusion-QL"] for other in others)
+    for run in methods[CRITICS_FIRST]:
         assert run["shares"]["lower right"] >= 0.90 and run["reward"] >= 4.5
-        assert all(run["reward"] > other["reward"] for name in CLIMBING if name != "Diffusion-QL" for other in methods[name])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -236,7 +238,7 @@ def small(tmp_path, monkeypatch):
 def test_the_command_draws_writes_and_goes_on_where_it_was_interrupted(small, tmp_path, monkeypatch, capsys):
     small("--T", "3", "--seeds", "4", "5")
     out = tmp_path / "out"
-    assert sorted(p.name for p in out.iterdir()) == ["bandit.json", "bandit.png", "bandit_steps.png"]
+    assert sorted(p.name for p in out.iterdir()) == ["bandit.json", "bandit.png", "bandit_course.png", "bandit_steps.png"]
     written = json.loads((out / "bandit.json").read_text())
     assert {"cpu", "torch", "commit", "date", "recipes"} <= written.keys()
     assert list(written["methods"]) == ["data", *METHODS] and list(written["steps"]) == ["2", "3"]
@@ -254,6 +256,32 @@ def test_the_command_draws_writes_and_goes_on_where_it_was_interrupted(small, tm
     assert len(again) == 1 and sorted((tmp_path / "cells").iterdir()) == cells
     small("--T", "3", "--seeds", "4", "--eta", "1")  # of which only these two know
     assert [cell.method for cell in again[1:]] == ["Diffusion-QL", "TD3+BC"]
+
+
+def test_the_papers_recipe_also_trains_diffusion_ql_after_its_critics(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(bandit, "Recipe", lambda: Recipe(4, 3e-3))
+    monkeypatch.setattr(bandit, "FULL_CRITICS_FIRST", Recipe(3, 3e-3, True, 2))
+    options = ["--methods", "Diffusion-QL", "TD3+BC", "--T", "2", "--seeds", "4", "5", "--jobs", "1"]
+    bandit.main([*options, "--out", str(tmp_path / "out")])
+    written = json.loads((tmp_path / "out/bandit.json").read_text())
+    methods, recipes = written["methods"], written["recipes"]
+    assert list(methods) == ["data", "TD3+BC", "Diffusion-QL", CRITICS_FIRST]
+    assert [recipes[name]["critic_first"] for name in ("TD3+BC", "Diffusion-QL", CRITICS_FIRST)] == [0, 0, 2]
+    assert [len(run["course"]) for run in methods["Diffusion-QL"] + methods[CRITICS_FIRST]] == [4, 4, 3, 3]
+    assert "course" not in methods["TD3+BC"][0] and (tmp_path / "out/bandit_course.png").exists()
+
+
+def test_looking_at_the_course_changes_nothing_of_it(small, monkeypatch):
+    cell = bandit.Cell("Diffusion-QL", 4, 2.5, 2, Recipe(8, 3e-3))
+    monkeypatch.setattr(bandit, "COURSE", 4)
+    bandit.CELLS.mkdir()
+    bandit.train_cell(cell, compiled=False)
+    tensors, _ = load_tensors(cell.path())
+    method = bandit.build(cell)
+    train(method, TRANSITIONS, 8)
+    samples = method.sample(bandit.SAMPLES)
+    assert torch.equal(tensors["samples"], samples)
+    assert tensors["course"].shape == (4, 4) and np.array_equal(tensors["course"][-1], bandit.shares(samples.numpy()))
 
 
 def test_some_methods_are_drawn_alone(small, tmp_path):
