@@ -56,7 +56,9 @@ def test_every_cell_ends_and_none_is_lost_when_a_node_is_killed(cluster, bench, 
     def kill():
         wait_for(half_way, 60)
         cluster.remove_node(node, allow_graceful=False)
-        lost.extend(filter(under_way, bench.calls()))
+        there = [call for call in bench.calls() if call["raylet"] == raylet]
+        wait_for(lambda: not any(alive(call["pid"]) for call in there))  # one may end by itself in its last moment
+        lost.extend(filter(under_way, there))
 
     killer = threading.Thread(target=kill)
     killer.start()
