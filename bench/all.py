@@ -1,6 +1,6 @@
 """Everything that a new device should be asked, in one command: correctness first, then all timings, the pictures, a whole run.
 
-    python -m bench.all                      # on a GPU; laid out for thirteen minutes with 16 cores, but it has not been run yet
+    python -m bench.all                      # on a GPU; laid out for fourteen minutes with 16 cores, but it has not been run yet
     python -m bench.all --quick              # fewer sizes, and not the whole run
     python -m bench.all --parts tests        # or timings, or run: where a command may not take that long
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from bench import acting, plot, sampling, training
+from bench import acting, bandit, plot, sampling, training
 from bench.timing import RESULTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,6 +70,9 @@ def main(argv: list[str] | None = None) -> None:
             bench.main(arguments)
         say("the pictures")
         plot.main(["--results", str(options.out)])
+    if on_gpu and "timings" in options.parts:
+        say("the bandit's policies, trained on the CPU, drawn by the fused sampler and by the eager one")
+        bandit.main(["--quick", "--fused", "--out", str(options.out)])
     if on_gpu and "run" in options.parts and not options.quick:
         say("the paper's whole antmaze-umaze run, after its data are generated")
         training.main(["--full-run", "--out", str(options.out)])

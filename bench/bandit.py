@@ -12,7 +12,8 @@ by chance rewards have a slope within a corner, a critic learns it in 100,000 up
 also leave part of Diffusion-QL at the edge of the square for good, where a young critic sent it; a line of its own shows it with
 critics that learn first. Every policy that is done is kept in runs/bandit, under the whole configuration that made it: an
 interrupted command goes on from there, and commands that need the same policies share them (after a change of how they train,
-empty that folder). Writes bandit.png, bandit_steps.png, bandit_course.png and bandit.json to bench/results (--out).
+empty that folder). Writes bandit.png, bandit_steps.png, bandit_course.png and bandit.json to bench/results (--out); after
+--quick or --fused their names say so.
 
 The table's figures are of 1,000 samples a seed, ± the standard deviation over seeds. A sample is a corner's if it lies within 3σ
 of it, as 98.9 % of the data do, and then is worth that corner's mean reward. Outside all four it is worth nothing, as little as
@@ -317,14 +318,15 @@ CLONES, CLIMBS = "#0072b2", "#d55e00"
 
 def draw(samples: dict, results: dict, data, note: str, path: Path) -> None:
     """The data and the cloning policies, the rewards and the climbing ones, and the table. samples: name -> (n,2)"""
-    rows = [[name for name in kind if name in samples] for kind in (CLONING, CLIMBING)]
+    rows = [[name for name in kind if name in samples] for kind in (CLONING, (*CLIMBING, CRITICS_FIRST))]
     rows = [row for row in rows if row]
+    columns = max(5, 1 + max(len(row) for row in rows))
     lines = table(results)
-    heights = [3.1] * len(rows) + [0.29 * (len(lines) + 2)]
+    heights = [14.5 / columns + 0.2] * len(rows) + [0.29 * (len(lines) + 2)]
     figure = Figure(figsize=(14.5, sum(heights) + 0.4), layout="constrained")
     *pictures, below = figure.subfigures(len(heights), 1, height_ratios=heights)
     for row, picture in zip(rows, pictures):
-        first, *others = picture.subplots(1, 5)
+        first, *others = picture.subplots(1, columns)
         if row[0] in CLONING:
             panel(first, data, "data", "0.25")
         else:
@@ -430,7 +432,8 @@ def make(options) -> None:
     results = {"data": [figures(again, data)]} | {name: [found[cell][1] for cell in of_one] for name, of_one in cells.items()}
     by_steps = {T: [found[cell][1] for cell in of_one] for T, of_one in sweep.items()}
 
-    where, name = describe(), "bandit_fused" if options.fused else "bandit"
+    where = describe()
+    name = "bandit" + "_quick" * options.quick + "_fused" * options.fused
     recipe = "quick recipe" if options.quick else "the paper's recipe"
     seeds = f"{'seeds' if len(options.seeds) > 1 else 'seed'} {', '.join(map(str, options.seeds))}"
     note = f"{recipe}, {seeds}; {where['date']}, commit {where['commit']}"

@@ -65,20 +65,36 @@ def test_the_baselines_with_q_do_not(name):
     assert found["reward"] < 1.0 and found["shares"]["lower right"] < 0.2  # two seeds each: at most 0.26 and 0.025
 
 
-def test_the_full_recipe_shows_what_the_paper_does():
+@pytest.fixture(scope="module")
+def full():
+    """The committed runs of the full recipe: name -> one for each seed."""
     path = ROOT / "bench/results/bandit.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     if not results or results["quick"] or set(results["methods"]) != {"data", *METHODS, CRITICS_FIRST}:
         pytest.skip("the full recipe's results are not there")
-    methods = results["methods"]
-    assert all(len(runs) >= 3 for name, runs in methods.items() if name != "data")
-    for run in methods["BC-Diffusion"]:
+    assert all(len(runs) >= 3 for name, runs in results["methods"].items() if name != "data")
+    return results["methods"]
+
+
+def goes_to_the_best_corner(runs, full):
+    others = [run["reward"] for name in CLIMBING if name != "Diffusion-QL" for run in full[name]]
+    return all(run["shares"]["lower right"] >= 0.90 and run["reward"] >= 4.5 and run["reward"] > max(others) for run in runs)
+
+
+def test_the_full_recipe_clones_as_the_paper_shows(full):
+    for run in full["BC-Diffusion"]:
         assert run["outside"] <= 0.10 and all(0.15 <= share <= 0.35 for share in run["shares"].values())
-        assert all(run["mmd"] < other["mmd"] for name in CLONING if name != "BC-Diffusion" for other in methods[name])
-    assert all(run["outside"] > 0.10 for run in methods["BC-MLE"])
-    for run in methods["Diffusion-QL"] + methods[CRITICS_FIRST]:
-        assert run["shares"]["lower right"] >= 0.90 and run["reward"] >= 4.5
-        assert all(run["reward"] > other["reward"] for name in CLIMBING if name != "Diffusion-QL" for other in methods[name])
+        assert all(run["mmd"] < other["mmd"] for name in CLONING if name != "BC-Diffusion" for other in full[name])
+    assert all(run["outside"] > 0.10 for run in full["BC-MLE"])
+
+
+def test_diffusion_ql_after_its_critics_goes_to_the_best_corner_as_the_paper_shows(full):
+    assert goes_to_the_best_corner(full[CRITICS_FIRST], full)
+
+
+@pytest.mark.xfail(strict=True, reason="as released it leaves two of three seeds' samples at the edge of the square: README")
+def test_diffusion_ql_as_released_goes_to_the_best_corner_as_the_paper_shows(full):
+    assert goes_to_the_best_corner(full["Diffusion-QL"], full)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -237,8 +253,8 @@ def small(tmp_path, monkeypatch):
 def test_the_command_draws_writes_and_goes_on_where_it_was_interrupted(small, tmp_path, monkeypatch, capsys):
     small("--T", "3", "--seeds", "4", "5")
     out = tmp_path / "out"
-    assert sorted(p.name for p in out.iterdir()) == ["bandit.json", "bandit.png", "bandit_course.png", "bandit_steps.png"]
-    written = json.loads((out / "bandit.json").read_text())
+    assert {p.name for p in out.iterdir()} == {f"bandit_quick{end}" for end in (".json", ".png", "_course.png", "_steps.png")}
+    written = json.loads((out / "bandit_quick.json").read_text())
     assert {"cpu", "torch", "commit", "date", "recipes"} <= written.keys()
     assert list(written["methods"]) == ["data", *METHODS] and list(written["steps"]) == ["2", "3"]
     assert [run["seed"] for run in written["methods"]["BCQ"]] == [4, 5]
@@ -285,8 +301,8 @@ def test_looking_at_the_course_changes_nothing_of_it(small, monkeypatch):
 
 def test_some_methods_are_drawn_alone(small, tmp_path):
     small("--methods", "BCQ", "BC-MLE", "--seed", "4")
-    assert list(json.loads((tmp_path / "out/bandit.json").read_text())["methods"]) == ["data", "BC-MLE", "BCQ"]
-    assert not (tmp_path / "out/bandit_steps.png").exists()
+    assert list(json.loads((tmp_path / "out/bandit_quick.json").read_text())["methods"]) == ["data", "BC-MLE", "BCQ"]
+    assert not (tmp_path / "out/bandit_quick_steps.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -353,8 +369,9 @@ def test_fused_samples_are_as_far_from_eager_ones_as_these_from_each_other(monke
 def test_the_picture_with_the_fused_sampler(small, tmp_path):
     pytest.importorskip("triton")
     small("--fused", "--T", "2", "--methods", "BC-Diffusion", "Diffusion-QL")
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {f"bandit_fused{end}" for end in (".json", ".png", "_steps.png")}
-    methods = json.loads((tmp_path / "out/bandit_fused.json").read_text())["methods"]
+    written = {p.name for p in (tmp_path / "out").iterdir()}
+    assert written == {f"bandit_quick_fused{end}" for end in (".json", ".png", "_steps.png")}
+    methods = json.loads((tmp_path / "out/bandit_quick_fused.json").read_text())["methods"]
     assert all(len(methods[name][0]["fused"]["eager"]) == 20 for name in ("BC-Diffusion", "Diffusion-QL"))
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from matplotlib.image import imread
 
-from bench import acting, plot, sampling, training
+from bench import acting, bandit, plot, sampling, training
 from bench import all as everything
 
 
@@ -92,7 +92,7 @@ def test_nothing_is_timed_where_a_kernel_is_wrong(tmp_path, monkeypatch, wrong):
     monkeypatch.setattr(everything.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(everything.subprocess, "Popen", Tests)
     monkeypatch.setattr(plot, "main", lambda argv: None)
-    for module in (training, sampling, acting):
+    for module in (training, sampling, acting, bandit):
         monkeypatch.setattr(module, "main", lambda argv, name=module.__name__: timed.append((name, argv)))
     if wrong:
         with pytest.raises(SystemExit, match="nothing was timed"):
@@ -100,10 +100,11 @@ def test_nothing_is_timed_where_a_kernel_is_wrong(tmp_path, monkeypatch, wrong):
         assert timed == []
     else:
         everything.main(["--out", str(tmp_path)])
-        assert [name for name, _ in timed] == ["bench.training", "bench.sampling", "bench.acting", "bench.training"]
-        assert "--full-run" in timed[-1][1]
+        order = ("training", "sampling", "acting", "bandit", "training")
+        assert [name for name, _ in timed] == [f"bench.{name}" for name in order]
+        assert "--fused" in timed[-2][1] and "--full-run" in timed[-1][1]
         everything.main(["--parts", "run", "--out", str(tmp_path)])
-        assert len(timed) == 5
+        assert len(timed) == 6
     assert sorted(sum(dealt, [])) == names
 
 
