@@ -6,14 +6,14 @@
     python -m bench.bandit --fused                    # the same policies drawn by the fused sampler, on a GPU
 
 Four corners of a square, σ = 0.05, are equally likely in the data; they pay 3.0, 0.0, 1.5 and 5.0 on average. There is one state.
-Trained are the eight policies of bench/bandit_policies.py, and BC-Diffusion with fewer steps. The data are the authors' own 10,000,
-the same for all; a policy's seed gives its weights, minibatches and noise. Which 10,000 they are matters to the paper's recipe:
-by chance rewards have a slope within a corner, a critic learns it in 100,000 updates, and Diffusion-QL climbs it. That recipe can
-also leave part of Diffusion-QL at the edge of the square for good, where a young critic sent it; a line of its own shows it with
-critics that learn first. Every policy that is done is kept in runs/bandit, under the whole configuration that made it: an
-interrupted command goes on from there, and commands that need the same policies share them (after a change of how they train,
-empty that folder). Writes bandit.png, bandit_steps.png, bandit_course.png and bandit.json to bench/results (--out); after
---quick or --fused their names say so.
+Trained are the eight policies of bench/bandit_policies.py, and, always by the quick recipe, BC-Diffusion with 2 to 50 steps. The
+data are the authors' own 10,000, the same for all; a policy's seed gives its weights, minibatches and noise. Which 10,000 they are
+matters to the paper's recipe: by chance rewards have a slope within a corner, a critic learns it in 100,000 updates, and
+Diffusion-QL climbs it. That recipe can also leave part of Diffusion-QL at the edge of the square for good, where a young critic
+sent it; a line of its own shows it with critics that learn first. Every policy that is done is kept in runs/bandit, under the
+whole configuration that made it: an interrupted command goes on from there, and commands that need the same policies share them
+(after a change of how they train, empty that folder). Writes bandit.png, bandit_steps.png, bandit_course.png and bandit.json to
+bench/results (--out); after --quick or --fused their names say so.
 
 The table's figures are of 1,000 samples a seed, ± the standard deviation over seeds. A sample is a corner's if it lies within 3σ
 of it, as 98.9 % of the data do, and then is worth that corner's mean reward. Outside all four it is worth nothing, as little as
@@ -421,7 +421,7 @@ def make(options) -> None:
         climbing[CRITICS_FIRST] = [cell._replace(recipe=FULL_CRITICS_FIRST) for cell in climbing["Diffusion-QL"]]
         cells |= climbing
     steps = STEPS if "BC-Diffusion" in methods else ()
-    sweep = {T: [make_cell("BC-Diffusion", seed, 0.0, T, options.quick) for seed in options.seeds] for T in steps}
+    sweep = {T: [make_cell("BC-Diffusion", seed, 0.0, T, quick=True) for seed in options.seeds] for T in steps}
     wanted = list(dict.fromkeys(cell for of_one in (*cells.values(), *sweep.values()) for cell in of_one))
     train_cells(wanted, options.jobs, options.compile)
 
@@ -436,19 +436,23 @@ def make(options) -> None:
     name = "bandit" + "_quick" * options.quick + "_fused" * options.fused
     recipe = "quick recipe" if options.quick else "the paper's recipe"
     seeds = f"{'seeds' if len(options.seeds) > 1 else 'seed'} {', '.join(map(str, options.seeds))}"
-    note = f"{recipe}, {seeds}; {where['date']}, commit {where['commit']}"
+    made = f"{seeds}; {where['date']}, commit {where['commit']}"
+    note = f"{recipe}, {made}"
     draw(samples, results, data, f"η = {options.eta:g}, T = {options.T}, {note}", options.out / f"{name}.png")
     if sweep:
         drawn = {T: found[of_one[0]][0] for T, of_one in sweep.items()}
-        draw_steps(drawn, by_steps, data, f"BC-Diffusion by its number of steps T; {note}", options.out / f"{name}_steps.png")
+        title = f"BC-Diffusion by its number of steps T; quick recipe, {made}"
+        draw_steps(drawn, by_steps, data, title, options.out / f"{name}_steps.png")
     if climbing and not options.fused:
         updates = {name: of_one[0].recipe.updates for name, of_one in climbing.items()}
         course = {name: results[name] for name in climbing}
         draw_course(course, updates, f"Diffusion-QL while it trains; {note}", options.out / f"{name}_course.png")
     how = {"quick": options.quick, "eta": options.eta, "T": options.T, "samples": SAMPLES, "bandwidth": BANDWIDTH, "threads": 1}
     how["recipes"] = {name: of_one[0].recipe._asdict() for name, of_one in cells.items()}
+    if sweep:
+        how["recipes"]["steps"] = QUICK["cloning"]._asdict()
     save_json(options.out / f"{name}.json", {**where, **how, "methods": results, "steps": by_steps})
-    lines = [HEADER, *table(results), *table({f"BC, T = {T}": runs for T, runs in by_steps.items()})]
+    lines = [HEADER, *table(results), *table({f"BC, T = {T}, quick": runs for T, runs in by_steps.items()})]
     for line in lines:
         first, *others = (text.replace("\n", ", ") for text in line)
         print(f"{first:<27s}", *(f"{text:>18s}" for text in others))

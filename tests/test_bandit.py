@@ -276,13 +276,15 @@ def test_the_command_draws_writes_and_goes_on_where_it_was_interrupted(small, tm
 def test_the_papers_recipe_also_trains_diffusion_ql_after_its_critics(small, tmp_path, monkeypatch):
     monkeypatch.setattr(bandit, "Recipe", lambda: Recipe(4, 3e-3))
     monkeypatch.setattr(bandit, "FULL_CRITICS_FIRST", Recipe(3, 3e-3, True, 2))
-    options = ["--methods", "Diffusion-QL", "TD3+BC", "--T", "2", "--seeds", "4", "5", "--jobs", "1"]
+    options = ["--methods", "Diffusion-QL", "BC-Diffusion", "TD3+BC", "--T", "2", "--seeds", "4", "5", "--jobs", "1"]
     bandit.main([*options, "--out", str(tmp_path / "out")])
     written = json.loads((tmp_path / "out/bandit.json").read_text())
     methods, recipes = written["methods"], written["recipes"]
-    assert list(methods) == ["data", "TD3+BC", "Diffusion-QL", CRITICS_FIRST]
+    assert list(methods) == ["data", "BC-Diffusion", "TD3+BC", "Diffusion-QL", CRITICS_FIRST]
     assert [recipes[name]["critic_first"] for name in ("TD3+BC", "Diffusion-QL", CRITICS_FIRST)] == [0, 0, 2]
     assert [len(run["course"]) for run in methods["Diffusion-QL"] + methods[CRITICS_FIRST]] == [4, 4, 3, 3]
+    assert recipes["BC-Diffusion"]["updates"] == 4 and recipes["steps"]["updates"] == 2  # those by T are always quick
+    assert written["steps"]["2"] != methods["BC-Diffusion"]
     assert "course" not in methods["TD3+BC"][0] and (tmp_path / "out/bandit_course.png").exists()
 
 
