@@ -92,7 +92,7 @@ def test_diffusion_ql_after_its_critics_goes_to_the_best_corner_as_the_paper_sho
     assert goes_to_the_best_corner(full[CRITICS_FIRST], full)
 
 
-@pytest.mark.xfail(strict=True, reason="as released it leaves two of three seeds' samples at the edge of the square: README")
+@pytest.mark.xfail(strict=True, reason="as released two of three seeds end at the edge of the square: README")
 def test_diffusion_ql_as_released_goes_to_the_best_corner_as_the_paper_shows(full):
     assert goes_to_the_best_corner(full["Diffusion-QL"], full)
 
