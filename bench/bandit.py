@@ -9,8 +9,8 @@ Four corners of a square, σ = 0.05, are equally likely in the data; they pay 3.
 Trained are the eight policies of bench/bandit_policies.py, and, always by the quick recipe, BC-Diffusion with 2 to 50 steps. The
 data are the authors' own 10,000, the same for all; a policy's seed gives its weights, minibatches and noise. Which 10,000 they are
 matters to the paper's recipe: by chance rewards have a slope within a corner, a critic learns it in 100,000 updates, and
-Diffusion-QL climbs it. That recipe also sends part of Diffusion-QL to the edge of the square, with some seeds for good, with others
-again and again; a line of its own shows it with critics that learn first. Every policy that is done is kept in runs/bandit, under the
+Diffusion-QL climbs it. That recipe can also leave part of Diffusion-QL at the edge of the square, and where a seed ends is chance
+(bandit_course.png); a line of its own shows it with critics that learn first. Every policy that is done is kept in runs/bandit, under the
 whole configuration that made it: an interrupted command goes on from there, and commands that need the same policies share them
 (after a change of how they train, empty that folder). Writes bandit.png, bandit_steps.png, bandit_course.png and bandit.json to
 bench/results (--out); after --quick or --fused their names say so.
