@@ -60,7 +60,7 @@ class Config:
     device: str = "auto"  # auto: cuda when there is one; or cpu, cuda, cuda:1, ...
     threads: int = 0  # CPU threads for torch and MuJoCo; 0: all cores
     backend: str = "auto"  # eager; compile (torch.compile, on a GPU in a CUDA graph); graph; fused (kernels); auto: fused, graph, eager
-    precision: str = "fp16"  # of fused updates' matrix products: fp16, tf32, fp16x3 (float32's accuracy) or fp32
+    precision: str = "fp16"  # of the fused kernels' matrix products: fp16, tf32, fp16x3 (float32's accuracy) or fp32
     matmul_precision: str = "highest"  # of float32 products: highest, high (TF32) or medium (bfloat16, on CPUs that have it)
 
     epochs: int = 1000  # of updates_per_epoch updates each
@@ -492,8 +492,8 @@ class DiffusionQL:
         self._critic_loss = torch.compile(self._critic_loss)
         self._actor_losses = torch.compile(self._actor_losses)
 
-    def fuse(self, n_candidates=50):
-        """From now on act(state, n_candidates) is one kernel launch, in fp16 with float32 sums; other numbers are not affected.
+    def fuse(self, n_candidates=50, precision="fp16"):
+        """From now on act(state, n_candidates) is one kernel launch at this precision; other numbers are not affected.
 
         The kernel is tried on one state first. Raises ImportError without triton, and ValueError for a size or a device that the
         kernels do not support, or where their actions are not those of plain torch.
@@ -505,10 +505,10 @@ class DiffusionQL:
         )
         inputs = torch.zeros(1, self.policy.state_dim, device=self.device), noise[0], noise[1:]
         if self.algo == "bc":
-            fused = kernels.FusedSampler(self.policy)
+            fused = kernels.FusedSampler(self.policy, precision)
             tried = fused(*inputs)
         else:
-            fused = kernels.FusedActor(self.policy, self.critic_target, n_candidates)
+            fused = kernels.FusedActor(self.policy, self.critic_target, n_candidates, precision)
             fused(*inputs, torch.zeros(1, n_candidates, device=self.device))
             tried = fused.candidates
         with torch.no_grad():
@@ -586,6 +586,7 @@ class DiffusionQL:
         if self.grad_norm > 0:
             vector.grad.mul_((self.grad_norm / (norm + 1e-6)).clamp(max=1.0))
         optimizer.step()
+        self.count_write(module)
         return norm
 
     @torch.no_grad()
@@ -595,6 +596,11 @@ class DiffusionQL:
         self.policy_ema_vector.lerp_(self.policy_vector, (1 - self.ema_decay) * due)
         if self.algo == "ql":
             self.critic_target_vector.lerp_(self.critic_vector, self.tau)
+        self.count_write(self.policy_ema, self.critic_target)
+
+    def count_write(self, *modules):
+        """Raise the version counters of these modules' parameters: a write to a flat vector, of which they are views, does not."""
+        torch.autograd.graph.increment_version([p for module in modules for p in module.parameters()])
 
     def _decay_rates(self):
         if self.lr_decay_every == 0:
@@ -776,7 +782,7 @@ class Updates:
     """
 
     def __init__(self, agents, transitions, batch_size, *, graph=False):
-        self.sums, self.graph = [{} for _ in agents], graph
+        self.agents, self.sums, self.graph = agents, [{} for _ in agents], graph
 
         def update(agent, sums):
             for name, value in agent.update(transitions.sample(batch_size, agent.generator)).items():
@@ -798,16 +804,15 @@ class Updates:
         for _ in range(n):
             for update in self.updates:
                 update()
-        if self.graph:  # replays are steps that no optimizer is seen to make
-            from kernels.packing import count_step
-
-            count_step()
+        if self.graph:  # a replay is seen by nobody
+            for agent in self.agents:
+                agent.count_write(*agent.networks().values())
         return [{name: total / n for name, total in sums.items()} for sums in self.sums]
 
 
 def fuse_updates(agents, transitions, batch_size, precision):
-    """A kernels.FusedUpdate of the agents, tried on one batch first. Raises ImportError without triton, and ValueError for what the
-    kernels do not support, or where their gradients are not plain torch's."""
+    """A kernels.FusedUpdate of the agents, tried on one batch and captured. Raises ImportError without triton, and ValueError for
+    what the kernels do not support, or where their gradients are not plain torch's."""
     import kernels
 
     agent, update = agents[0], kernels.FusedUpdate(agents, transitions, batch_size, precision)
@@ -815,15 +820,19 @@ def fuse_updates(agents, transitions, batch_size, precision):
     some = torch.arange(batch_size, device=agent.device) % len(transitions)
     batch = Batch(*(column[some] for column in transitions.columns))
     noise = agent.draw_noise(batch_size)
-    metrics = agent.update(batch, noise)
-    agent.load_state_dict(before[0])
-    found = update.step([batch] * len(agents), [noise] * len(agents))[0]
-    for a, state in zip(agents, before):
-        a.load_state_dict(state)
+    try:
+        metrics = agent.update(batch, noise)
+        agent.load_state_dict(before[0])
+        found = update.step([batch] * len(agents), [noise] * len(agents))[0]
+    finally:  # what fails here is trained some other way
+        for a, state in zip(agents, before):
+            a.load_state_dict(state)
     for name, expected in metrics.items():
         apart = abs(float(found[name]) - float(expected))
         if not apart < 0.05 * max(abs(float(expected)), 0.1):  # fp16's rounding is a thousandth
-            raise ValueError(f"on this device the kernels' {name} is {float(found[name]):.4g}, plain torch's {float(expected):.4g}")
+            kernels_, plain = float(found[name]), float(expected)
+            raise ValueError(f"on this device the kernels' {name} is {kernels_:.4g}, plain torch's {plain:.4g}")
+    update.capture()  # what may fail fails here, where there is something to fall back to
     return update
 
 
@@ -851,6 +860,8 @@ def evaluate(agent, task, config, n_episodes, step):
             try:
                 return agent.act(states, config.n_candidates, generator=generator)
             except (RuntimeError, ValueError) as e:
+                if "cannot hold" in str(e):  # what the kernels say of weights
+                    raise UserError(f"at update {step:,} {e}: take --precision tf32 or fp32") from e
                 if "probability tensor" not in str(e) and "NaN" not in str(e):  # what torch.multinomial and the kernels say
                     raise
                 raise UserError(f"Q(s, a) is not finite at update {step:,}: the run has diverged; lower --lr or --eta") from e
@@ -901,7 +912,7 @@ def choose_acting(config: Config, agents: list) -> None:
         reason = kernels.why_not()
         if not reason:
             for agent in agents:
-                agent.fuse(config.n_candidates)
+                agent.fuse(config.n_candidates, config.precision)
     except Exception as e:  # whatever stands in the way, a compiler's failure included, plain torch can act
         reason = first_line(e)
     if reason and config.backend == "fused":

@@ -32,11 +32,17 @@ from kernels import training, update
 from kernels.actor import _actor
 from kernels.packing import HIDDEN_DIMS, PRECISIONS
 from kernels.sampler import _sampler
-from kernels.tiles import ARCHITECTURES, choose_actor_tile, choose_tile
+from kernels.tiles import ARCHITECTURES, LITTLE_MEMORY, choose_actor_tile, choose_tile
 from run_folder import save_json
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 COUNTED = ("HGMMA", "LDGSTS", "UTCHMMA", "HMMA", "FFMA", "MUFU", "LDL", "STL", "BPT")
+
+
+def tile_of(constants: dict, options: dict) -> dict:
+    """How a kernel's work is cut up, of the constants and options that it is compiled with."""
+    names = ("TURNED", "ROWS", "CHUNK", "OUT_TILE", "IN_TILE", "BLOCK", "STAGES")
+    return {name.lower(): constants[name] for name in names if name in constants} | options
 
 
 def compile_for(arch: int, kernel, signature: dict, constants: dict, **options) -> dict:
@@ -63,9 +69,11 @@ def compile_for(arch: int, kernel, signature: dict, constants: dict, **options) 
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     return {
         "arch": arch,
+        "tile": tile_of(constants, options),
         "registers": registers,
         "stack": stack,
         "shared": compiled.metadata.shared,
+        "undefined": len(re.findall(r"asm.*\b(?:undef|poison)\b", compiled.asm["llir"])),  # registers given to inline assembly
         "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.M)),
         **{name: len(re.findall(rf"\b{name}\b", sass)) for name in COUNTED},
     }
@@ -92,8 +100,8 @@ def cases(arch: int, hidden_dims=HIDDEN_DIMS) -> dict:
                     tile = tiles[name]
                     constants = {
                         "STATE_DIM": 29, "ACTION_DIM": 8, "T": 5, "GIVEN": False, "ROWS": tile.rows, "S": 32, "A": 16, "H": H,
-                        "CHUNK": tile.chunk, "SCALE": 2.0**-8 if precision == "fp16x3" else 1.0, "PRECISION": precision,
-                        "TURNED": tile.turned, "STAGES": tile.stages, "PTX": True,
+                        "CHUNK": tile.chunk, "SCALE": 2.0**-4 if precision == "fp16x3" else 1.0, "PRECISION": precision,
+                        "TURNED": tile.turned, "STAGES": tile.stages,
                         "N": 50, "N_PADDED": 64, "PARTS": triton.cdiv(50, tile.rows), "GREEDY": False, "Q_H": H,
                     }  # fmt: skip
                     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
@@ -138,10 +146,9 @@ def update_launches(arch: int, precision: str, hidden_dim: int) -> list:
     with ExitStack() as patches:
         for name in {name.split()[0] for name in LAUNCHES}:
             patches.enter_context(patch.object(training, name, Recorder(getattr(training, name), launches)))
-        patches.enter_context(patch.object(update, "interpreting", lambda: True))  # so that it takes tensors of a CPU
         patches.enter_context(patch.object(update, "architecture", lambda device: arch))
-        fused = update.FusedUpdate(DiffusionQL(29, 8, hidden_dim=hidden_dim), None, 256, precision)
-        fused.PTX = True
+        with patch.object(update, "interpreting", lambda: True):  # so that it takes tensors of a CPU
+            fused = update.FusedUpdate(DiffusionQL(29, 8, hidden_dim=hidden_dim), None, 256, precision)
         fused.columns = [torch.zeros(1000, 1)] * 5
         launches.clear()
         fused._launch()
@@ -166,7 +173,7 @@ def compile_case(arch: int, name: str) -> dict:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
+    parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES), choices=(*ARCHITECTURES, *LITTLE_MEMORY))
     parser.add_argument("--only", nargs="+", default=[""], help="cases in whose name one of these patterns is found")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time")
     options = parser.parse_args(argv)

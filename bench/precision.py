@@ -3,9 +3,8 @@
     python -m bench.precision                        # on a GPU: the fused update at every precision, against eager float32
     python -m bench.precision --epochs 7             # on a CPU: plain torch, operands rounded: an hour and a half of a core
 
-On a CPU the kernels' arithmetic is imitated: forward and backward, both operands of a matrix product are rounded to fp16 or tf32,
-gradients after a power of two has brought the largest near 2⁸, and sums are float32. fp16x3 needs no study, since its gradients
-are as far from float64's as eager float32's are (tests/test_update.py). Runs are kept in runs/precision: what is there is not made
+On a CPU the kernels' arithmetic is imitated (bench/rounding.py). fp16x3 needs no study, since its gradients are as far from
+float64's as eager float32's are (tests/test_update.py). Runs are kept in runs/precision: what is there is not made
 again, and what was interrupted is resumed. Writes bench/results/precision_DEVICE.json.
 """
 
@@ -16,66 +15,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import dql
 from bench.learning_curves import make_run
 from bench.machine import describe
+from bench.rounding import ROUND, imitate
 from bench.timing import RESULTS, device_slug, has_compiler
 from run_folder import save_json
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = "antmaze-umaze-v0"
 IMITATE = "--imitate"
-
-
-def to_tf32(x):
-    """To 11 significant bits, as tensor cores read float32; by arithmetic alone, which torch.compile fuses."""
-    shifted = x * 8193.0  # 2¹³ + 1
-    return shifted - (shifted - x)
-
-
-def to_fp16(x):
-    """tf32's bits, and below 2⁻¹⁴ the multiples of 2⁻²⁴; for |x| < 65504."""
-    return torch.where(x.abs() < 2.0**-14, (x + 0.75) - 0.75, to_tf32(x))
-
-
-ROUND = {"fp16": to_fp16, "tf32": to_tf32}
-
-
-class RoundedLinear(torch.autograd.Function):
-    """x·Wᵀ with both operands of this product, and of the two of its backward pass, rounded."""
-
-    @staticmethod
-    def forward(ctx, x, weight, precision):
-        ctx.precision = precision
-        x, weight = ROUND[precision](x), ROUND[precision](weight)
-        ctx.save_for_backward(x, weight)
-        return x @ weight.t()
-
-    @staticmethod
-    def backward(ctx, g):
-        x, weight = ctx.saved_tensors
-        up = torch.exp2(8.0 - torch.floor(torch.log2(g.abs().max().clamp(min=1e-30))))
-        g = ROUND[ctx.precision]((g * up).contiguous()) / up
-        return g @ weight, g.t() @ x, None
-
-
-def imitate(precision: str) -> None:
-    """From now on, in this process, every F.linear and the one product of dql.py that is none round as the kernels do."""
-
-    def linear(x, weight, bias=None):
-        y = RoundedLinear.apply(x, weight, precision)
-        return y if bias is None else y + bias
-
-    def noise(self, x, t, condition):
-        w_action, time_share, state_share = condition
-        h = state_share + linear(x, w_action.t()) + time_share[t]
-        for layer in self.mid_layer[1:]:
-            h = layer(h)
-        return self.final_layer(h)
-
-    F.linear, dql.DiffusionPolicy._noise = linear, noise
 
 
 def make(precision: str, seed: int, options, on_gpu: bool) -> Path:
@@ -88,7 +38,7 @@ def make(precision: str, seed: int, options, on_gpu: bool) -> Path:
     else:
         how |= {"backend": "compile"} if has_compiler() else {}
         program = ["-m", "bench.precision", IMITATE, precision] if precision in ROUND else program
-    return make_run(how, options.out / precision, options.threads, program)
+    return make_run(how, options.runs / precision, options.threads, program)
 
 
 def figures_of(run: Path) -> dict:

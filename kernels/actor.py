@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .network import load_states, network, reverse_chain
 from .ops import clamp, features, gumbels, rows
-from .packing import PackedCritic, PackedPolicy, architecture, interpreting, on, require, require_tensor
+from .packing import PackedCritic, PackedPolicy, architecture, on, require, require_tensor
 from .tiles import Tile, choose_actor_tile
 
 
@@ -24,7 +24,7 @@ def _actor(
     N: tl.constexpr, N_PADDED: tl.constexpr, PARTS: tl.constexpr, GREEDY: tl.constexpr, Q_H: tl.constexpr,
     STATE_DIM: tl.constexpr, ACTION_DIM: tl.constexpr, T: tl.constexpr, GIVEN: tl.constexpr,
     ROWS: tl.constexpr, S: tl.constexpr, A: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, SCALE: tl.constexpr,
-    PRECISION: tl.constexpr, TURNED: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
+    PRECISION: tl.constexpr, TURNED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program (i, part): candidates part·ROWS .. +ROWS of the N of state i; the last part to be done writes out[i]."""
     i = tl.program_id(0)
@@ -36,7 +36,7 @@ def _actor(
         draw = tl.load(counter)
     x = reverse_chain(
         st, x_T, noises, seed, draw, row, valid, n_rows, zero, coefficients, bias, max_action, weights, weights_low,
-        ACTION_DIM, T, GIVEN, ROWS, S, A, H, CHUNK, SCALE, PRECISION, TURNED, STAGES, PTX,
+        ACTION_DIM, T, GIVEN, ROWS, S, A, H, CHUNK, SCALE, PRECISION, TURNED, STAGES,
     )  # fmt: skip
     x = clamp(x, max_action)
     Q_BLOCK: tl.constexpr = Q_H * (S + A + 2 * Q_H + 16)
@@ -44,7 +44,7 @@ def _actor(
     for k in tl.range(0, 2):
         y = network(
             st, x, q_bias + k * (3 * Q_H + 16), q_weights + k * Q_BLOCK, q_weights_low + k * Q_BLOCK, k * zero,
-            ROWS, S, A, Q_H, 16, CHUNK, SCALE, PRECISION, TURNED, STAGES, PTX,
+            ROWS, S, A, Q_H, 16, CHUNK, SCALE, PRECISION, TURNED, STAGES,
         )  # fmt: skip
         # The other 15 outputs are padding: 0.
         q = tl.minimum(q, tl.sum(y, 0 if TURNED else 1), propagate_nan=tl.PropagateNan.ALL)
@@ -149,6 +149,6 @@ class FusedActor:
                 N=n, N_PADDED=triton.next_power_of_2(n), PARTS=parts, GREEDY=self.greedy, Q_H=q.hidden_dim,
                 STATE_DIM=p.state_dim, ACTION_DIM=p.action_dim, T=p.n_timesteps, GIVEN=given,
                 ROWS=tile.rows, S=p.S, A=p.A, H=p.hidden_dim, CHUNK=tile.chunk, SCALE=p.scale, PRECISION=p.precision,
-                TURNED=tile.turned, STAGES=tile.stages, PTX=not interpreting(), num_warps=tile.warps,
+                TURNED=tile.turned, STAGES=tile.stages, num_warps=tile.warps,
             )  # fmt: skip
         return out

@@ -8,11 +8,13 @@ shapes are fixed, and random numbers are fresh only if their state lives on the 
 fused kernels does.
 """
 
+import gc
+
 import numpy as np
 import torch
 
 from . import packing
-from .packing import require
+from .packing import on, require
 
 WARM_UP = 3  # calls before the capture: kernels are compiled and libraries initialised, which must not be recorded
 
@@ -21,36 +23,62 @@ class Captured:
     """function(*inputs) -> tensor or tensors, captured for inputs of these shapes on a CUDA device.
 
     Each call copies its inputs in, replays, and returns the graph's output, which the next call overwrites. Networks that
-    fused kernels in it have packed are packed again first where they have changed. unchanged: tensors, and generators: torch
-    generators that function draws from, which making the graph leaves as they were although it calls the function. Raises
-    UnsupportedError without a GPU and for inputs of another shape, dtype or device.
+    fused kernels in it have packed are packed again first where they have changed. Making the graph calls the function; the
+    tensors `unchanged` and the torch generators `generators`, from which it may draw, are afterwards what they were, also where
+    it fails. device is where function works, by default where the first of inputs and unchanged is. Raises UnsupportedError
+    without a GPU and for inputs of another shape, dtype or device, and what function raises.
     """
 
-    def __init__(self, function, *inputs: torch.Tensor, unchanged=(), generators=()):
+    def __init__(self, function, *inputs: torch.Tensor, unchanged=(), generators=(), device=None):
         require(torch.cuda.is_available(), "CUDA graphs need a CUDA GPU, and none was found")
         self.function = function  # keeps alive what the graph reads
         self.inputs = [x.clone() for x in inputs]
+        self.device = torch.device(device or next((x.device for x in (*inputs, *unchanged)), "cuda"))
         before = [x.clone() for x in unchanged], [g.get_state() for g in generators]
+        try:
+            with on(self.device):  # a capture sees the launches of the current device alone
+                self._warm_up()
+                self._capture(generators)
+        finally:
+            for x, value in zip(unchanged, before[0]):
+                x.copy_(value)
+            for generator, state in zip(generators, before[1]):
+                generator.set_state(state)
+
+    def _warm_up(self) -> None:
+        """On a stream of its own, as torch asks for; kernels are compiled and libraries initialised."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARM_UP):
-                function(*self.inputs)
+                self.function(*self.inputs)
         torch.cuda.current_stream().wait_stream(side)
+
+    def _capture(self, generators) -> None:
         self.graph = torch.cuda.CUDAGraph()
         for generator in generators:
             self.graph.register_generator_state(generator)
+        # A graph that the garbage collector destroys during a capture breaks it, and torch 2.9 no longer collects before one.
+        gc.collect()
+        collects, before, failure = gc.isenabled(), torch.cuda.current_stream(), None
+        gc.disable()
         packing.captured = []
         try:
-            with torch.cuda.graph(self.graph):
-                self.output = function(*self.inputs)
+            # A stream of this device: torch's own choice is of the one that was current at the process's first capture.
+            with torch.cuda.graph(self.graph, stream=torch.cuda.Stream()):
+                try:
+                    self.output = self.function(*self.inputs)
+                except Exception as e:
+                    failure = e
+                    raise
             self.packed = packing.captured
+        except Exception as e:
+            torch.cuda.set_stream(before)  # torch stays on the captured one
+            raise failure or e  # torch says only that there was an earlier error
         finally:
             packing.captured = None
-        for x, value in zip(unchanged, before[0]):
-            x.copy_(value)
-        for generator, state in zip(generators, before[1]):
-            generator.set_state(state)
+            if collects:
+                gc.enable()
 
     def __call__(self, *inputs: torch.Tensor):
         require(len(inputs) == len(self.inputs), f"{len(inputs)} inputs given to a graph of {len(self.inputs)}")
@@ -85,7 +113,7 @@ class NumpyActor:
             state.copy_(host_state, non_blocking=True)
             return action.copy_(actor(state), non_blocking=True)
 
-        self.captured = Captured(from_host_to_host)
+        self.captured = Captured(from_host_to_host, device=state.device)
         self.state, self.action = host_state.numpy(), action.numpy()
 
     def __call__(self, state: np.ndarray) -> np.ndarray:
@@ -95,5 +123,5 @@ class NumpyActor:
         require(fits, f"the observation is {shape}; this graph was captured for {whole}")  # numpy would repeat a smaller one
         self.state[:] = state
         self.captured.replay()
-        torch.cuda.current_stream().synchronize()
+        torch.cuda.current_stream(self.captured.device).synchronize()
         return self.action[0].copy() if np.ndim(state) == 1 else self.action.copy()

@@ -19,6 +19,7 @@ from .ops import (
     mish,
     mish_slope,
     normals,
+    operand,
     power_of_two,
     rows,
     store_features,
@@ -30,7 +31,7 @@ from .ops import (
 def network(
     state, x, bias, weights, weights_low, zero,
     ROWS: tl.constexpr, S: tl.constexpr, A: tl.constexpr, H: tl.constexpr, OUT: tl.constexpr, CHUNK: tl.constexpr,
-    SCALE: tl.constexpr, PRECISION: tl.constexpr, TURNED: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
+    SCALE: tl.constexpr, PRECISION: tl.constexpr, TURNED: tl.constexpr, STAGES: tl.constexpr,
     saved=None, at=None, keep=None, bias_row=None,
 ):  # fmt: skip
     """One network's outputs for a tile: (ROWS, OUT), or turned. bias points at its (3·H + OUT,) biases.
@@ -43,6 +44,7 @@ def network(
     weights, weights_low = weights + zero, weights_low + zero
     s, a, h, j, out = tl.arange(0, S), tl.arange(0, A), tl.arange(0, H), tl.arange(0, CHUNK), tl.arange(0, OUT)
     none = rows(tl.zeros([ROWS], tl.float32), TURNED)
+    x = operand(x, PRECISION)
     # Biases initialise the accumulators.
     z = none + features(tl.load(bias + H + h), TURNED)
     for start in tl.range(0, H, CHUNK, num_stages=STAGES):
@@ -55,13 +57,11 @@ def network(
         u = linear(x, weights + w_action, weights_low + w_action, c, a, A, 1, u, PRECISION, TURNED) * SCALE
         if saved is not None:
             store_features(saved, at, c, 3 * H, u, keep, TURNED)
-        z = linear(mish(u, PTX), weights + w_2, weights_low + w_2, h, c, H, 1, z, PRECISION, TURNED)
+        z = linear(operand(mish(u, PRECISION), PRECISION), weights + w_2, weights_low + w_2, h, c, H, 1, z, PRECISION, TURNED)
     z = z * SCALE
     if saved is not None:
         store_features(saved, at, H + h, 3 * H, z, keep, TURNED)
-    hidden = mish(z, PTX)
-    if PRECISION == "fp16":
-        hidden = hidden.to(tl.float16)  # once, not once per chunk
+    hidden = operand(mish(z, PRECISION), PRECISION)
     y = none + features(tl.load(bias + 3 * H + out), TURNED)
     for start in tl.range(0, H, CHUNK, num_stages=STAGES):
         c = start + j
@@ -69,7 +69,7 @@ def network(
         u = linear(hidden, weights + w_3, weights_low + w_3, c, h, H, 1, u, PRECISION, TURNED) * SCALE
         if saved is not None:
             store_features(saved, at, 2 * H + c, 3 * H, u, keep, TURNED)
-        y = linear(mish(u, PTX), weights + w_4, weights_low + w_4, out, c, H, 1, y, PRECISION, TURNED)
+        y = linear(operand(mish(u, PRECISION), PRECISION), weights + w_4, weights_low + w_4, out, c, H, 1, y, PRECISION, TURNED)
     return y * SCALE
 
 
@@ -82,14 +82,15 @@ def network_gradient(
     """The gradient with respect to x, (ROWS, A) or turned, from dy (ROWS, OUT), that with respect to network()'s outputs.
 
     saved: what network() saved at the rows `at`. du (n, 3·H), unless None, gets the gradients with respect to u₁, u₂, u₃: all
-    that the weights' gradients need. A power of two brings dy near 2⁸ first, or fp16 would lose what is small.
+    that the weights' gradients need. Powers of two bring dy and, since a steep network's gradients grow from layer to layer, du₂
+    to where fp16 can hold what follows.
     """
     w_action, w_2, w_3, w_4 = H * S, H * (S + A), H * (S + A + H), H * (S + A + 2 * H)
     weights, weights_low = weights + zero, weights_low + zero
     a, h, j, out = tl.arange(0, A), tl.arange(0, H), tl.arange(0, CHUNK), tl.arange(0, OUT)
     tl.debug_barrier()  # what other threads of this program have saved
     up, down = power_of_two(dy, PRECISION)
-    dy = dy * up
+    dy = operand(dy * up, PRECISION)
     none = rows(tl.zeros([ROWS], tl.float32), TURNED)
     total = none + features(h * 0.0, TURNED)
     for start in tl.range(0, H, CHUNK, num_stages=STAGES):
@@ -99,12 +100,13 @@ def network_gradient(
         d = d * mish_slope(load_features(saved, at, 2 * H + c, 3 * H, keep, TURNED))
         if du is not None:
             store_features(du, at, 2 * H + c, 3 * H, d * down, keep, TURNED)
-        total = linear(d, weights + w_3, weights_low + w_3, h, c, 1, H, total, PRECISION, TURNED)
+        total = linear(operand(d, PRECISION), weights + w_3, weights_low + w_3, h, c, 1, H, total, PRECISION, TURNED)
     d_2 = total * SCALE * mish_slope(load_features(saved, at, H + h, 3 * H, keep, TURNED))
     if du is not None:
         store_features(du, at, H + h, 3 * H, d_2 * down, keep, TURNED)
-    if PRECISION == "fp16":
-        d_2 = d_2.to(tl.float16)
+    up, down_2 = power_of_two(d_2, PRECISION)
+    d_2 = operand(d_2 * up, PRECISION)
+    down *= down_2
     dx = none + features(a * 0.0, TURNED)
     for start in tl.range(0, H, CHUNK, num_stages=STAGES):
         c = start + j
@@ -113,7 +115,7 @@ def network_gradient(
         d = d * mish_slope(load_features(saved, at, c, 3 * H, keep, TURNED))
         if du is not None:
             store_features(du, at, c, 3 * H, d * down, keep, TURNED)
-        dx = linear(d, weights + w_action, weights_low + w_action, a, c, 1, A, dx, PRECISION, TURNED)
+        dx = linear(operand(d, PRECISION), weights + w_action, weights_low + w_action, a, c, 1, A, dx, PRECISION, TURNED)
     return dx * (SCALE * down)
 
 
@@ -125,9 +127,7 @@ def load_states(
     s = tl.arange(0, S)
     where = rows(row.to(tl.int64), TURNED) * STATE_DIM + features(s, TURNED)
     st = tl.load(state + where, mask=features(s < STATE_DIM, TURNED) & rows(valid, TURNED), other=0.0)
-    if PRECISION == "fp16":
-        st = st.to(tl.float16)
-    return st
+    return operand(st, PRECISION)
 
 
 @triton.jit
@@ -135,7 +135,7 @@ def reverse_chain(
     state, x_T, noises, seed, draw, row, valid, n_rows, zero, coefficients, bias, max_action, weights, weights_low,
     ACTION_DIM: tl.constexpr, T: tl.constexpr, GIVEN: tl.constexpr,
     ROWS: tl.constexpr, S: tl.constexpr, A: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, SCALE: tl.constexpr,
-    PRECISION: tl.constexpr, TURNED: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
+    PRECISION: tl.constexpr, TURNED: tl.constexpr, STAGES: tl.constexpr,
     STREAM: tl.constexpr = 0, saved=None, inputs=None, epsilons=None, at=None, at_step=None, keep=None,
 ):  # fmt: skip
     """All T steps for the rows row (ROWS,) int32, those that are valid, of n_rows: actions (ROWS, A), or turned; 0 elsewhere.
@@ -164,14 +164,14 @@ def reverse_chain(
         if saved is None:
             epsilon = network(
                 state, x, bias + t * (3 * H + A), weights, weights_low, t * zero,
-                ROWS, S, A, H, A, CHUNK, SCALE, PRECISION, TURNED, STAGES, PTX,
+                ROWS, S, A, H, A, CHUNK, SCALE, PRECISION, TURNED, STAGES,
             )  # fmt: skip
         else:
             now = at + k * at_step
             store_inputs(inputs, now, keep, state, x, t + row * 0, ROWS, S, A, T, TURNED)
             epsilon = network(
                 state, x, bias + t * (3 * H + A), weights, weights_low, t * zero,
-                ROWS, S, A, H, A, CHUNK, SCALE, PRECISION, TURNED, STAGES, PTX, saved, now, keep,
+                ROWS, S, A, H, A, CHUNK, SCALE, PRECISION, TURNED, STAGES, saved, now, keep,
             )  # fmt: skip
             store_features(epsilons, now, a, A, epsilon, keep, TURNED)
         c = coefficients + t * 5

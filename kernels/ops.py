@@ -6,39 +6,57 @@ a compile-time constant of every function that has to know.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import num_threads
+
+PTX = tl.constexpr(not triton.knobs.runtime.interpret)  # whether kernels become machine code; the interpreter knows no assembly
+
+
+def _mish_assembly(n: int) -> str:
+    """u - u/(1 + w) of two or four elements that share one reciprocal: 1 + 1/n special-function operations each, which bound it.
+
+    Beyond u = 15 the quotient is less than rounding, so 2^u may be clamped where the product of four must not overflow.
+    Registers $0 to $(n-1) are the results, the next n are u.
+    """
+    a = [f"a{i}" for i in range(n)]
+    code = [f".reg .f32 e, r, s, {', '.join(a)};"]
+    for i in range(n):
+        code += [f"min.f32 e, ${n + i}, 0f41700000; ex2.approx.ftz.f32 e, e;"]  # 15
+        code += [f"fma.rn.f32 {a[i]}, e, 0f3F000000, 0f3F800000; fma.rn.f32 {a[i]}, e, {a[i]}, 0f3F800000;"]  # 1 + e·(1 + e/2)
+    if n == 4:
+        code += ["mul.f32 e, a0, a1; mul.f32 s, a2, a3; mul.f32 r, e, s; rcp.approx.ftz.f32 r, r; neg.f32 r, r;"]
+        code += ["mul.f32 s, s, r; mul.f32 e, e, r;"]  # -1/(a0·a1), -1/(a2·a3)
+        code += ["mul.f32 a0, a0, s; mul.f32 a1, a1, s; mul.f32 a2, a2, e; mul.f32 a3, a3, e;"]
+    else:
+        code += ["mul.f32 r, a0, a1; rcp.approx.ftz.f32 r, r; neg.f32 r, r; mul.f32 a0, a0, r; mul.f32 a1, a1, r;"]
+    code += [f"fma.rn.f32 ${i}, ${n + i}, {a[i ^ 1]}, ${n + i};" for i in range(n)]  # a[i ^ 1]: -1/(1 + w) of element i
+    return " ".join(["{", *code, "}"])
+
+
+# Early clobber (&): the first result is written before the last u is read.
+_MISH_2, _MISH_4 = tl.constexpr(_mish_assembly(2)), tl.constexpr(_mish_assembly(4))
+_REGISTERS_2, _REGISTERS_4 = tl.constexpr("=&f,=&f,f,f"), tl.constexpr("=&f,=&f,=&f,=&f,f,f,f,f")
 
 
 @triton.jit
-def mish(u, PTX: tl.constexpr):
-    """log2(e)·mish(x) of u = log2(e)·x. With e = exp(x) = 2^u, mish(x) = x - x/(1 + e + e²/2).
+def mish(u, PRECISION: tl.constexpr):
+    """log2(e)·mish(x) of u = log2(e)·x. With e = exp(x) = 2^u and w = e + e²/2, mish(x) = x·w/(1 + w) = x - x/(1 + w).
 
     Packing scales what enters the first activation by log2(e) and what leaves the last one by its inverse; in between the
-    factor passes through. PTX: four elements share one reciprocal, 1.25 special-function operations each instead of 2.
-    Beyond u = 15 the quotient is less than rounding, so e may be clamped where the product of four must not overflow.
+    factor passes through. Where rounding to eleven bits follows, the elements that a thread holds share reciprocals: an action
+    then depends, in the last bits of its own rounding, on the rows that lie beside its own in a tile.
     """
-    if PTX:
-        return tl.inline_asm_elementwise(
-            """{ .reg .f32 e, a, b, c, d, p, q, r;
-            min.f32 e, $4, 0f41700000; ex2.approx.ftz.f32 e, e;
-            fma.rn.f32 a, e, 0f3F000000, 0f3F800000; fma.rn.f32 a, e, a, 0f3F800000;
-            min.f32 e, $5, 0f41700000; ex2.approx.ftz.f32 e, e;
-            fma.rn.f32 b, e, 0f3F000000, 0f3F800000; fma.rn.f32 b, e, b, 0f3F800000;
-            min.f32 e, $6, 0f41700000; ex2.approx.ftz.f32 e, e;
-            fma.rn.f32 c, e, 0f3F000000, 0f3F800000; fma.rn.f32 c, e, c, 0f3F800000;
-            min.f32 e, $7, 0f41700000; ex2.approx.ftz.f32 e, e;
-            fma.rn.f32 d, e, 0f3F000000, 0f3F800000; fma.rn.f32 d, e, d, 0f3F800000;
-            mul.f32 p, a, b; mul.f32 q, c, d; mul.f32 r, p, q; rcp.approx.ftz.f32 r, r; neg.f32 r, r;
-            mul.f32 q, q, r; mul.f32 p, p, r;
-            mul.f32 b, b, q; mul.f32 a, a, q; mul.f32 d, d, p; mul.f32 c, c, p;
-            fma.rn.f32 $0, $4, b, $4; fma.rn.f32 $1, $5, a, $5; fma.rn.f32 $2, $6, d, $6; fma.rn.f32 $3, $7, c, $7; }""",
-            "=f,=f,=f,=f,f,f,f,f",
-            [u],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=4,
-        )
-    e = tl.exp2(tl.minimum(u, 60.0))
-    return u - u / (e * (e * 0.5 + 1.0) + 1.0)
+    # How many a thread holds at least: the assembly must not be given registers that hold none.
+    EACH: tl.constexpr = u.numel // num_threads() if PTX and (PRECISION == "fp16" or PRECISION == "tf32") else 0
+    if EACH >= 4:
+        y = tl.inline_asm_elementwise(_MISH_4, _REGISTERS_4, [u], dtype=tl.float32, is_pure=True, pack=4)
+    elif EACH >= 2:
+        y = tl.inline_asm_elementwise(_MISH_2, _REGISTERS_2, [u], dtype=tl.float32, is_pure=True, pack=2)
+    else:
+        e = tl.exp2(tl.minimum(u, 60.0))
+        w = e * (e * 0.5 + 1.0)
+        r = 1.0 / (w + 1.0)
+        y = tl.where(u < 0.0, u * (w * r), u - u * r)  # the difference would cancel below 0
+    return y
 
 
 @triton.jit
@@ -52,16 +70,42 @@ def mish_slope(u):
 
 
 @triton.jit
-def power_of_two(x, PRECISION: tl.constexpr):
-    """(up, down), powers of two with up·down = 1: up·x has its largest element within 2⁸ to 2⁹. Both 1 for float32 operands.
+def to_tf32(x):
+    """x rounded to the eleven significant bits that a tensor core reads of a float32; left to itself it cuts off the others."""
+    if PTX:
+        bits = tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,f", [x], dtype=tl.int32, is_pure=True, pack=1)
+        y = bits.to(tl.float32, bitcast=True)
+    else:
+        bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+        y = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return y
 
-    fp16 has no numbers below 2⁻²⁴ and few below 2⁻¹⁴, and gradients are that small. NaN and infinity stay what they are.
+
+@triton.jit
+def operand(x, PRECISION: tl.constexpr):
+    """float32 x as a matrix product of this precision takes it; fp16x3 splits it only there."""
+    if PRECISION == "fp16":
+        x = x.to(tl.float16)
+    elif PRECISION == "tf32":
+        x = to_tf32(x)
+    return x
+
+
+@triton.jit
+def power_of_two(x, PRECISION: tl.constexpr):
+    """(up, down), powers of two with up·down = 1: up·x has its largest element within 1 to 2, for fp16x3, whose lower halves
+    need room below, within 16 to 32. Both are 1 where products are float32.
+
+    Gradients may be of any size, and fp16 ends at 2¹⁶ and loses bits below 2⁻¹⁴: so they may grow 30,000 times in a layer, and
+    2,000 times in fp16x3. NaN and infinity stay what they are.
     """
     if PRECISION == "fp16" or PRECISION == "fp16x3":
-        largest = tl.max(tl.max(tl.abs(x), 1), 0)
-        exponent = tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) & 255, 27)
-        up = ((262 - exponent) << 23).to(tl.float32, bitcast=True)
-        down = ((exponent - 8) << 23).to(tl.float32, bitcast=True)
+        TO: tl.constexpr = 4 if PRECISION == "fp16x3" else 0
+        largest = tl.max(tl.abs(x))
+        exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 255
+        exponent = tl.minimum(tl.maximum(exponent, 27), 253)  # so that neither is 0 nor infinite
+        up = ((254 + TO - exponent) << 23).to(tl.float32, bitcast=True)
+        down = ((exponent - TO) << 23).to(tl.float32, bitcast=True)
     else:
         up = 1.0
         down = 1.0
@@ -183,20 +227,18 @@ def linear(
 ):
     """total + x·Wᵀ, where W's element (o, i) lies at o·out_stride + i·in_stride, for o of out_index and i of in_index.
 
-    With the strides exchanged it is a product with W, a step of a backward pass. fp16x3 splits x into two halves and meets
-    weights that were split beforehand: three products, fp32's accuracy.
+    x is an operand() of the precision. With the strides exchanged it is a product with W, a step of a backward pass. fp16x3
+    splits x into two halves and meets weights that were split beforehand: three products, fp32's accuracy. They are summed from
+    zero: a tensor core rounds each partial sum towards 0, at the size of what it adds to.
     """
     where = features(out_index, TURNED) * out_stride + rows(in_index, TURNED) * in_stride
     w = tl.load(weight + where)
     if PRECISION == "fp16x3":
         high = x.to(tl.float16)
         rest = (x - high.to(tl.float32)).to(tl.float16)
-        w_low = tl.load(low + where)
-        total = _dot(rest, w, total, "ieee", TURNED)
-        total = _dot(high, w_low, total, "ieee", TURNED)
-        total = _dot(high, w, total, "ieee", TURNED)
-    elif PRECISION == "fp16":
-        total = _dot(x.to(tl.float16), w, total, "ieee", TURNED)
+        part = _dot(rest, w, None, "ieee", TURNED)
+        part = _dot(high, tl.load(low + where), part, "ieee", TURNED)
+        total += _dot(high, w, part, "ieee", TURNED)
     elif PRECISION == "tf32":
         total = _dot(x, w, total, "tf32", TURNED)
     else:

@@ -1,17 +1,20 @@
 """What the kernels read: networks' parameters padded, scaled, folded and in the precision of the matrix units."""
 
+import copy
 import math
 from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 import triton
+from torch.autograd.graph import increment_version
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 PRECISIONS = ("fp16", "tf32", "fp16x3", "fp32")
 HIDDEN_DIMS = (128, 256, 512)
 MAX_STATE_DIM, MAX_ACTION_DIM, MAX_STEPS = 128, 32, 100
 LOG2E = math.log2(math.e)
+FP16_MOST = torch.finfo(torch.float16).max
 
 
 class UnsupportedError(ValueError):
@@ -50,20 +53,20 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
-# Steps that any torch optimizer has made: the fused ones write to parameters without raising their version counters.
-optimizer_steps = 0
+def _count_step(optimizer, *_) -> None:
+    """torch's fused optimizers write to parameters without raising their version counters."""
+    increment_version([p for group in optimizer.param_groups for p in group["params"]])
 
 
-def count_step(*_) -> None:
-    """Parameters may have changed in a way that their version counters do not show."""
-    global optimizer_steps
-    optimizer_steps += 1
-
-
-register_optimizer_step_post_hook(count_step)
+register_optimizer_step_post_hook(_count_step)
 
 # What is packed and read by the graph that is being captured, for graphs.Captured; None at other times.
 captured: list | None = None
+
+
+def to_tf32(x: torch.Tensor) -> torch.Tensor:
+    """Finite float32 x rounded to eleven significant bits, halves away from 0, as ops.to_tf32 does."""
+    return ((x.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
 
 
 def padded(n: int) -> int:
@@ -75,7 +78,7 @@ class _Packed:
     """Networks [s|a] -> H -> H -> H -> out with mish, stacked, as network.network reads them.
 
     Padded: states to 16, 32, 64 or 128 columns, actions and outputs to 16 or 32. log2(e) is folded into the first weights and
-    the hidden biases, its inverse into the last weights. fp16x3: each weight times 2⁸ as the sum of two halves, or the smaller
+    the hidden biases, its inverse into the last weights. fp16x3: each weight times 2⁴ as the sum of two halves, or the smaller
     half would be subnormal. weights (n_networks, block): a network's five matrices (H,S), (H,A), (H,H), (H,H), (OUT,H) one after
     the other; low, its lower half, or weights itself where there is none. bias (n_biases, 3·H + OUT).
     """
@@ -91,7 +94,7 @@ class _Packed:
             require(1 <= value <= most, f"{name} {value} is not within 1 to {most}")
         self.device = next(modules[0].parameters()).device
         self.S, self.A, self.OUT = padded(self.state_dim), padded(self.action_dim), padded(n_out)
-        self.scale = 2.0**-8 if precision == "fp16x3" else 1.0
+        self.scale = 2.0**-4 if precision == "fp16x3" else 1.0
         H, n_networks = hidden_dim, self.NETWORKS * len(modules)
         self.shapes = (H, self.S), (H, self.A), (H, H), (H, H), (self.OUT, H)
         dtype = torch.float16 if precision.startswith("fp16") else torch.float32
@@ -116,12 +119,13 @@ class _Packed:
         return (p for module in self.modules for p in module.parameters())
 
     def _state_of_training(self) -> tuple:
-        return optimizer_steps, *((p.data_ptr(), p._version) for p in self._parameters())
+        return tuple((p.data_ptr(), p._version) for p in self._parameters())
 
     def stale(self) -> bool:
-        """Whether the parameters may have changed since they were packed: written to, or an optimizer has made a step.
+        """Whether the parameters may have changed since they were packed: each tensor counts the writes to it.
 
-        Only what trains out of sight, by writing through .data or by replaying a graph, has to call refresh() itself.
+        Only what writes out of sight, through .data or by replaying a graph, has to raise those counters itself
+        (torch.autograd.graph.increment_version) or to call refresh().
         """
         return self._seen != self._state_of_training()
 
@@ -138,7 +142,8 @@ class _Packed:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Pack the present parameters, in place: graphs that read them stay valid. Raises UnsupportedError on NaN."""
+        """Pack the present parameters, in place: graphs that read them stay valid. Raises UnsupportedError on NaN, and on weights
+        that the precision cannot hold."""
         finite = torch.stack([p.isfinite().all() for p in self._parameters()]).all()
         require(bool(finite), f"weights of the {self.KIND} hold NaN or infinity: the training has diverged")
         networks = (network for module in self.modules for network in self._networks(module))
@@ -151,9 +156,12 @@ class _Packed:
             for high, low, matrix in zip(self.matrices(self.weights[i]), self.matrices(self.low[i]), matrices):
                 rows, columns = matrix.shape
                 matrix = matrix / self.scale
-                high[:rows, :columns] = matrix
+                high[:rows, :columns] = to_tf32(matrix) if self.precision == "tf32" else matrix
                 if self.precision == "fp16x3":
                     low[:rows, :columns] = matrix - high[:rows, :columns]
+        if self.precision.startswith("fp16"):
+            held = bool(self.weights.isfinite().all())
+            require(held, f"weights of the {self.KIND} reach {FP16_MOST * self.scale:,.0f}, which {self.precision} cannot hold")
         self.remember()
 
 
@@ -174,8 +182,11 @@ class PackedPolicy(_Packed):
         first, second, third = (policy.mid_layer[i] for i in (0, 2, 4))
         time_dim = first.in_features - self.action_dim - self.state_dim
         w_action, w_time, w_state = first.weight.split([self.action_dim, time_dim, self.state_dim], dim=1)
-        embedding = policy.time_mlp(torch.arange(self.n_timesteps, device=self.device))
-        yield w_state, w_action, second, third, policy.final_layer, F.linear(embedding, w_time, first.bias)
+        # In float64, which neither autocast nor TF32 touches: every step of every chain reads this table.
+        time_mlp = copy.deepcopy(policy.time_mlp).double()
+        embedding = time_mlp(torch.arange(self.n_timesteps, dtype=torch.float64, device=self.device))
+        table = F.linear(embedding, w_time.double(), first.bias.double())
+        yield w_state, w_action, second, third, policy.final_layer, table
 
 
 class PackedCritic(_Packed):

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .network import load_states, reverse_chain
 from .ops import clamp, features, rows
-from .packing import PackedPolicy, architecture, interpreting, on, require, require_tensor
+from .packing import PackedPolicy, architecture, on, require, require_tensor
 from .tiles import Tile, choose_tile
 
 
@@ -20,7 +20,7 @@ def _sampler(
     weights, weights_low,
     STATE_DIM: tl.constexpr, ACTION_DIM: tl.constexpr, T: tl.constexpr, GIVEN: tl.constexpr,
     ROWS: tl.constexpr, S: tl.constexpr, A: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, SCALE: tl.constexpr,
-    PRECISION: tl.constexpr, TURNED: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
+    PRECISION: tl.constexpr, TURNED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Rows pid·ROWS .. +ROWS of out (n_rows, ACTION_DIM). GIVEN: noise is read from x_T and noises, else drawn."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -31,7 +31,7 @@ def _sampler(
         draw = tl.load(counter)
     x = reverse_chain(
         st, x_T, noises, seed, draw, row, valid, n_rows, zero, coefficients, bias, max_action, weights, weights_low,
-        ACTION_DIM, T, GIVEN, ROWS, S, A, H, CHUNK, SCALE, PRECISION, TURNED, STAGES, PTX,
+        ACTION_DIM, T, GIVEN, ROWS, S, A, H, CHUNK, SCALE, PRECISION, TURNED, STAGES,
     )  # fmt: skip
     a = tl.arange(0, A)
     x = clamp(x, max_action)
@@ -91,6 +91,6 @@ class FusedSampler:
                 out, n_rows, n_rows // len(state), 0, p.coefficients, p.bias, p.max_action, p.weights, p.low,
                 STATE_DIM=p.state_dim, ACTION_DIM=p.action_dim, T=p.n_timesteps, GIVEN=x_T is not None,
                 ROWS=tile.rows, S=p.S, A=p.A, H=p.hidden_dim, CHUNK=tile.chunk, SCALE=p.scale, PRECISION=p.precision,
-                TURNED=tile.turned, STAGES=tile.stages, PTX=not interpreting(), num_warps=tile.warps,
+                TURNED=tile.turned, STAGES=tile.stages, num_warps=tile.warps,
             )  # fmt: skip
         return out

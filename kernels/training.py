@@ -32,10 +32,12 @@ from .ops import (
     mish,
     mish_slope,
     normals,
+    operand,
     power_of_two,
     rows,
     store_features,
     store_inputs,
+    to_tf32,
 )
 
 # What a random number is for: the third word of Philox's counter. The chain takes CHAIN to CHAIN + T.
@@ -79,7 +81,7 @@ def sample(
     q_bias, q_weights, q_weights_low, target_values, inputs, saved, epsilons, actions, B,
     N: tl.constexpr, STATE_DIM: tl.constexpr, ACTION_DIM: tl.constexpr, T: tl.constexpr, GIVEN: tl.constexpr,
     ROWS: tl.constexpr, S: tl.constexpr, A: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, SCALE: tl.constexpr,
-    PRECISION: tl.constexpr, TURNED: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
+    PRECISION: tl.constexpr, TURNED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Programs (tile, agent): first tiles of N·B rows for the targets, then tiles of B rows for the policy.
 
@@ -109,7 +111,7 @@ def sample(
     x = reverse_chain(
         st, x_T + wide * n_rows * ACTION_DIM, noises + wide * T * n_rows * ACTION_DIM, seed, draw, row, valid, n_rows, zero,
         coefficients, bias + which * T * (3 * H + A), max_action, weights + which * BLOCK, weights_low + which * BLOCK,
-        ACTION_DIM, T, GIVEN, ROWS, S, A, H, CHUNK, SCALE, PRECISION, TURNED, STAGES, PTX,
+        ACTION_DIM, T, GIVEN, ROWS, S, A, H, CHUNK, SCALE, PRECISION, TURNED, STAGES,
         CHAIN, saved + wide * R * 3 * H, inputs + wide * R * (S + A + TIMES), epsilons + wide * R * A, B + b, B, keep,
     )  # fmt: skip
     store_features(actions + agent * B * A, b, tl.arange(0, A), A, x, keep, TURNED)
@@ -120,7 +122,7 @@ def sample(
             q_which = 4 * agent + k
             y = network(
                 st, x, q_bias + q_which * (3 * H + 16), q_weights + q_which * Q_BLOCK, q_weights_low + q_which * Q_BLOCK,
-                k * zero, ROWS, S, A, H, 16, CHUNK, SCALE, PRECISION, TURNED, STAGES, PTX,
+                k * zero, ROWS, S, A, H, 16, CHUNK, SCALE, PRECISION, TURNED, STAGES,
             )  # fmt: skip
             tl.store(target_values + (2 * agent + k) * N * B + r, tl.sum(y, 0 if TURNED else 1), mask=valid)
 
@@ -133,7 +135,7 @@ def fit(
     N: tl.constexpr, N_PADDED: tl.constexpr, CRITICS: tl.constexpr, TILES: tl.constexpr,
     STATE_DIM: tl.constexpr, ACTION_DIM: tl.constexpr, T: tl.constexpr, GIVEN: tl.constexpr,
     ROWS: tl.constexpr, S: tl.constexpr, A: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, SCALE: tl.constexpr,
-    PRECISION: tl.constexpr, TURNED: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
+    PRECISION: tl.constexpr, TURNED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Programs (tile, network, agent): networks 0 and 1 of CRITICS = 2 are the critics, the last one is the policy.
 
@@ -166,7 +168,7 @@ def fit(
             store_inputs(q_inputs + wide * B * (S + A), b, valid, st, x, b, ROWS, S, A, 0, TURNED)
         q = network(
             st, x, q_bias + q_which * (3 * H + 16), block, low, zero,
-            ROWS, S, A, H, 16, CHUNK, SCALE, PRECISION, TURNED, STAGES, PTX, q_saved + own * 3 * H, b, valid,
+            ROWS, S, A, H, 16, CHUNK, SCALE, PRECISION, TURNED, STAGES, q_saved + own * 3 * H, b, valid,
         )  # fmt: skip
         miss = tl.where(valid, tl.sum(q, 0 if TURNED else 1) - target, 0.0)
         tl.store(losses + (3 * agent + which) * TILES + tile, tl.sum(miss * miss, 0))
@@ -196,7 +198,7 @@ def fit(
         store_inputs(inputs + wide * R * (S + A + TIMES), b, valid, st, x, t, ROWS, S, A, T, TURNED)
         y = network(
             st, x, bias + p_which * T * (3 * H + A), block, low, zero,
-            ROWS, S, A, H, A, CHUNK, SCALE, PRECISION, TURNED, STAGES, PTX, activations, b, valid, t,
+            ROWS, S, A, H, A, CHUNK, SCALE, PRECISION, TURNED, STAGES, activations, b, valid, t,
         )  # fmt: skip
         e = tl.where(within, y - z, 0.0)
         tl.store(losses + (3 * agent + 2) * TILES + tile, tl.sum(tl.sum(e * e, 1), 0))
@@ -213,7 +215,7 @@ def climb(
     q_bias, q_weights, q_weights_low, q_saved, inputs, saved, epsilons, actions, du, dy, values, B,
     TILES: tl.constexpr, STATE_DIM: tl.constexpr, ACTION_DIM: tl.constexpr, T: tl.constexpr, GIVEN: tl.constexpr,
     ROWS: tl.constexpr, S: tl.constexpr, A: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, SCALE: tl.constexpr,
-    PRECISION: tl.constexpr, TURNED: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
+    PRECISION: tl.constexpr, TURNED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Programs (tile, role, agent). Role 0: gradients of the sum over the batch of Q_i(s, a⁰) with respect to the chain's
     pre-activations; i is the coin's choice. Role 1: Q_j(s, a⁰) of the other critic.
@@ -240,7 +242,7 @@ def climb(
     q_saved += 2 * wide * B * 3 * H  # what the critics' own gradients needed is no longer needed
     y = network(
         st, x, q_bias + which * (3 * H + 16), block, low, zero,
-        ROWS, S, A, H, 16, CHUNK, SCALE, PRECISION, TURNED, STAGES, PTX, q_saved, b, valid & (role == 0),
+        ROWS, S, A, H, 16, CHUNK, SCALE, PRECISION, TURNED, STAGES, q_saved, b, valid & (role == 0),
     )  # fmt: skip
     q = tl.where(valid, tl.sum(y, 0 if TURNED else 1), 0.0)
     tl.store(values + (2 * agent + role) * TILES + tile, tl.sum(tl.where(role == 0, q, tl.abs(q)), 0))
@@ -269,7 +271,7 @@ def climb(
 @triton.jit
 def _product(
     du, du_stride, o, v, v_stride, i, i_end, FIRST: tl.constexpr, LAST: tl.constexpr,
-    BLOCK: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
+    BLOCK: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Σ du[r, o]·v[r, i] over the rows FIRST to LAST, (len(o), len(i)), and Σ du[r, o]. ACTIVATION: of mish(v)."""
     total = o[:, None] * 0.0 + i[None, :] * 0.0
@@ -279,23 +281,21 @@ def _product(
         d = tl.load(du + r[None, :] * du_stride + o[:, None], mask=(r < LAST)[None, :], other=0.0)
         x = tl.load(v + r[:, None] * v_stride + i[None, :], mask=(r < LAST)[:, None] & (i < i_end)[None, :], other=0.0)
         if ACTIVATION:
-            x = mish(x, PTX)
+            x = mish(x, PRECISION)
         sums += tl.sum(d, 1)
-        up, down = power_of_two(d, PRECISION)
-        d = d * up
-        if PRECISION == "fp16":
-            total += down * tl.dot(d.to(tl.float16), x.to(tl.float16))
-        elif PRECISION == "fp16x3":
+        if PRECISION == "fp16x3":
+            up, down = power_of_two(d, PRECISION)
             x_up, x_down = power_of_two(x, PRECISION)
-            x = x * x_up
+            d, x = d * up, x * x_up
             d_high, x_high = d.to(tl.float16), x.to(tl.float16)
             d_rest, x_rest = (d - d_high.to(tl.float32)).to(tl.float16), (x - x_high.to(tl.float32)).to(tl.float16)
             part = tl.dot(d_rest, x_high)
             part = tl.dot(d_high, x_rest, part)
             part = tl.dot(d_high, x_high, part)
             total += (down * x_down) * part
-        elif PRECISION == "tf32":
-            total = tl.dot(d, x, total, input_precision="tf32")
+        elif PRECISION == "fp16" or PRECISION == "tf32":
+            # tf32 in both: fp16's eleven bits, and float32's range for whatever sizes rows have.
+            total = tl.dot(to_tf32(d), to_tf32(x), total, input_precision="tf32")
         else:
             total = tl.dot(d, x, total, input_precision="ieee")
     return total, sums
@@ -309,18 +309,17 @@ def _layer(
     S: tl.constexpr, A: tl.constexpr, H: tl.constexpr, T: tl.constexpr, FIRST: tl.constexpr, CLIMBS: tl.constexpr,
     FACTOR: tl.constexpr, BIAS_FACTOR: tl.constexpr,
     OUT_TILE: tl.constexpr, IN_TILE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-    PTX: tl.constexpr,
 ):  # fmt: skip
     """One tile of one layer's weight gradient, and with the first tile of a row its bias's, into gradient: (n_out, COLUMNS) and
     (n_out,). The first layer's inputs are in store_inputs()'s order; those of t go to table (T, H)."""
     tile_in = tile % n_tiles_in
     o = (tile // n_tiles_in) * OUT_TILE + tl.arange(0, OUT_TILE)
     i = tile_in * IN_TILE + tl.arange(0, IN_TILE)
-    total, sums = _product(du, du_stride, o, v, v_stride, i, v_width, 0, B, BLOCK, not FIRST, PRECISION, STAGES, PTX)
+    total, sums = _product(du, du_stride, o, v, v_stride, i, v_width, 0, B, BLOCK, not FIRST, PRECISION, STAGES)
     total, sums = total * cloned, sums * cloned
     if CLIMBS:
         more, more_sums = _product(
-            du, du_stride, o, v, v_stride, i, v_width, B, N_ROWS, BLOCK, not FIRST, PRECISION, STAGES, PTX
+            du, du_stride, o, v, v_stride, i, v_width, B, N_ROWS, BLOCK, not FIRST, PRECISION, STAGES
         )
         total, sums = total + more * climbed, sums + more_sums * climbed
     total, sums = total * FACTOR, sums * BIAS_FACTOR
@@ -349,7 +348,7 @@ def weight_gradients(
     N_OUT: tl.constexpr, OUT: tl.constexpr,
     S: tl.constexpr, A: tl.constexpr, H: tl.constexpr, T: tl.constexpr, CLIMBS: tl.constexpr, TILES: tl.constexpr,
     TILES_PADDED: tl.constexpr, NORMS: tl.constexpr, OUT_TILE: tl.constexpr, IN_TILE: tl.constexpr, BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Programs (tile, network, agent): dW = Σ du ⊗ v over the rows, of all four layers, in the order of module.parameters().
 
@@ -381,7 +380,7 @@ def weight_gradients(
         _layer(
             du, 3 * H, inputs, INPUTS, INPUTS, gradient, table, pid, FIRST_IN, H, cloned, climbed, norms,
             B, N_ROWS, COLUMNS, STATE_AT, ACTION_AT, STATE_DIM, ACTION_DIM, S, A, H, T, True, CLIMBS, LOG2E, LOG2E,
-            OUT_TILE, IN_TILE, BLOCK, PRECISION, STAGES, PTX,
+            OUT_TILE, IN_TILE, BLOCK, PRECISION, STAGES,
         )  # fmt: skip
     elif pid < FIRST_TILES + 2 * HIDDEN_TILES:
         third = (pid - FIRST_TILES) // HIDDEN_TILES
@@ -389,14 +388,14 @@ def weight_gradients(
             du + (1 + third) * H, 3 * H, saved + third * H, 3 * H, H, gradient + SECOND + third * (H * H + H), table,
             (pid - FIRST_TILES) % HIDDEN_TILES, IN_TILES, H, cloned, climbed, norms,
             B, N_ROWS, H, STATE_AT, ACTION_AT, STATE_DIM, ACTION_DIM, S, A, H, T, False, CLIMBS, 1.0, LOG2E,
-            OUT_TILE, IN_TILE, BLOCK, PRECISION, STAGES, PTX,
+            OUT_TILE, IN_TILE, BLOCK, PRECISION, STAGES,
         )  # fmt: skip
     else:
         _layer(
             dy, OUT, saved + 2 * H, 3 * H, H, gradient + SECOND + 2 * (H * H + H), table,
             pid - FIRST_TILES - 2 * HIDDEN_TILES, IN_TILES, N_OUT, cloned, climbed, norms,
             B, N_ROWS, H, STATE_AT, ACTION_AT, STATE_DIM, ACTION_DIM, S, A, H, T, False, CLIMBS, 1.0 / LOG2E, 1.0,
-            OUT, IN_TILE, BLOCK, PRECISION, STAGES, PTX,
+            OUT, IN_TILE, BLOCK, PRECISION, STAGES,
         )  # fmt: skip
 
 
@@ -414,7 +413,7 @@ def _embedding(parameters, sinusoids, t, T: tl.constexpr, D: tl.constexpr):
     u = tl.dot(wave, w_1, input_precision="ieee") + tl.load(parameters + 2 * D * D + wide)[None, :]
     u = u * LOG2E
     w_2 = tl.load(parameters + 2 * D * D + 2 * D + d[None, :] * 2 * D + wide[:, None])  # (2·D, D): transposed
-    embedding = tl.dot(mish(u, False) * (1.0 / LOG2E), w_2, input_precision="ieee")
+    embedding = tl.dot(mish(u, "fp32") * (1.0 / LOG2E), w_2, input_precision="ieee")
     return wave, u, embedding + tl.load(parameters + 4 * D * D + 2 * D + d)[None, :]
 
 
@@ -442,7 +441,7 @@ def time_gradient(
         tl.store(gradient + where, dw)
         norm += tl.sum(tl.sum(dw * dw, 1), 0)
     w_2 = tl.load(parameters + 2 * D * D + 2 * D + d[:, None] * 2 * D + wide[None, :])
-    dw_2 = tl.dot(tl.trans(d_embedding), mish(u, False) * (1.0 / LOG2E), input_precision="ieee")
+    dw_2 = tl.dot(tl.trans(d_embedding), mish(u, "fp32") * (1.0 / LOG2E), input_precision="ieee")
     db_2 = tl.sum(d_embedding, 0)
     du = tl.dot(d_embedding, w_2, input_precision="ieee") * mish_slope(u)
     dw_1 = tl.dot(tl.trans(du), wave, input_precision="ieee")
@@ -462,10 +461,12 @@ def time_gradient(
 
 @triton.jit
 def _one_minus_power(base_log, n):
-    """1 - exp(base_log·n) without cancellation, for base_log < 0."""
+    """1 - exp(base_log·n) for base_log < 0; by the exponential's series where the difference would cancel."""
     y = base_log * n
-    small = -y * (1.0 + y * (0.5 + y * (0.16666667 + y * (0.041666667 + y * 0.0083333333))))
-    return tl.where(y > -0.1, small, 1.0 - tl.exp(y))
+    small, series = tl.maximum(y, -0.5), 1.0
+    for k in tl.static_range(0, 9):
+        series = 1.0 + series * small / (10 - k)
+    return tl.where(y > -0.5, -y * series, 1.0 - tl.exp(y))
 
 
 @triton.jit
@@ -474,14 +475,14 @@ def adam(
     rate_every, max_norm, rate, average_start, average_every,
     SIZE: tl.constexpr, NORMS: tl.constexpr, NORMS_PADDED: tl.constexpr, RATES: tl.constexpr, CLIPS: tl.constexpr,
     BETA_1: tl.constexpr, BETA_2: tl.constexpr, LOG_BETA_1: tl.constexpr, LOG_BETA_2: tl.constexpr, EPS: tl.constexpr,
-    WEIGHTS: tl.constexpr, BIASES: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
+    WEIGHTS: tl.constexpr, BIASES: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Programs (block, agent) over flat parameters (n, SIZE): clip by the global norm, Adam, average ← average + rate·(p - average),
     every average_every-th step from average_start on, and the packed copies of both.
 
     steps (n,), adam_steps (n,); rates (RATES + 1,): the learning rate in each period of rate_every steps, the last one from then
     on. place (SIZE,): where in an agent's packed weights (WEIGHTS numbers of a copy) a parameter goes, times factor; -1: nowhere;
-    -2 - k: number k of its packed biases (BIASES of a copy). SPLIT: fp16x3's lower halves too.
+    -2 - k: number k of its packed biases (BIASES of a copy).
     """
     agent = tl.program_id(1)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -511,9 +512,9 @@ def adam(
     for copy in tl.static_range(0, 2):
         value = (e if copy == 0 else p) * f
         where = (2 * agent + copy) * WEIGHTS + to
-        high = value.to(weights.dtype.element_ty)
+        high = operand(value, PRECISION).to(weights.dtype.element_ty)
         tl.store(weights + where, high, mask=to >= 0)
-        if SPLIT:
+        if PRECISION == "fp16x3":
             tl.store(weights_low + where, (value - high.to(tl.float32)).to(tl.float16), mask=to >= 0)
         tl.store(bias + (2 * agent + copy) * BIASES - 2 - to, value, mask=to < -1)
 

@@ -10,13 +10,15 @@ the live values. With several agents those vectors move to the rows of one matri
 
 import itertools
 import math
+import warnings
+import weakref
 
 import torch
 import triton
 
 from . import graphs, packing, training
 from .packing import LOG2E, PackedCritic, PackedPolicy, architecture, interpreting, on, require, require_tensor
-from .tiles import ProductTile, Tile, choose_product_tile, choose_update_tile
+from .tiles import FIT_STAGES, ProductTile, Tile, choose_product_tile, choose_update_tile
 
 MAX_BATCH = 4096
 PER_REPLAY = 100  # updates that a graph holds
@@ -107,6 +109,21 @@ def _move(module, vector, memory) -> None:
         p.data = view.view_as(p)
 
 
+def _require_resolution(name: str, states: torch.Tensor, precision: str) -> None:
+    """Raises UnsupportedError for states (N,S) that fp16 cannot hold; warns of columns whose spread eleven bits cannot resolve."""
+    low, high = states.amin(0), states.amax(0)
+    largest, spread = torch.maximum(-low, high), high - low
+    most = float(largest.amax())
+    fits = not precision.startswith("fp16") or most <= packing.FP16_MOST
+    require(fits, f"{name} reaches {most:.3g}, which {precision} cannot hold: normalise states, or take precision tf32 or fp32")
+    if precision in ("fp16", "tf32"):
+        step = (largest * 2.0**-11).clamp(min=2.0**-24 if precision == "fp16" else 0.0)
+        for i in torch.nonzero((2 * step > spread) & (spread > 0)).flatten().tolist():
+            found = f"column {i} of {name} varies by {float(spread[i]):.2g} and reaches {float(largest[i]):.3g}"
+            advice = "normalise states, or take precision fp16x3"
+            warnings.warn(f"{found}, so {precision} sees next to nothing of it: {advice}", stacklevel=3)
+
+
 class FusedUpdate:
     """FusedUpdate(agent, transitions, batch_size).run(n): n updates of a DiffusionQL; several agents learn side by side.
 
@@ -145,6 +162,8 @@ class FusedUpdate:
             widths = policy.state_dim, policy.action_dim, policy.state_dim, 1, 1
             for name, column, width in zip(("state", "action", "next_state", "reward", "not_done"), self.columns, widths):
                 require_tensor(name, column, (n, width), self.device)
+            for name, column in zip(("state", "next_state"), self.columns[::2]):
+                _require_resolution(name, column, precision)
         wanted = self._bytes()
         try:
             self._allocate(precision, tile, product_tile)
@@ -153,7 +172,7 @@ class FusedUpdate:
             raise packing.UnsupportedError(
                 f"fused training of {len(agents)} agents needs {wanted >> 20} MiB of GPU memory, and {free >> 20} MiB are free"
             ) from e
-        self.graph = None
+        self.graph, self.replays = None, self.device.type == "cuda"
         self.refresh()
 
     def _sizes(self):
@@ -180,7 +199,7 @@ class FusedUpdate:
         critics = PackedCritic([m for a in agents for m in (a.critic_target, a.critic)], precision)
         require(policies.hidden_dim == critics.hidden_dim, "policy and critics must have the same hidden_dim")
         H = policies.hidden_dim
-        self.precision, self.PTX = precision, not interpreting()
+        self.precision = precision
         self.tile = tile = tile or choose_update_tile(precision, self.arch, H)
         self.product_tile = product_tile or choose_product_tile(precision)
         self.n_tiles = triton.cdiv(B, tile.rows)
@@ -249,7 +268,7 @@ class FusedUpdate:
         x_T, noises, t, bc_noise, coin = noise if given else (none, none, none, none, none)
         sizes = dict(
             STATE_DIM=p.state_dim, ACTION_DIM=p.action_dim, T=T, GIVEN=given, ROWS=tile.rows, S=p.S, A=p.A, H=p.hidden_dim,
-            CHUNK=tile.chunk, SCALE=p.scale, PRECISION=self.precision, TURNED=tile.turned, STAGES=tile.stages, PTX=self.PTX,
+            CHUNK=tile.chunk, SCALE=p.scale, PRECISION=self.precision, TURNED=tile.turned, STAGES=tile.stages,
             num_warps=tile.warps,
         )  # fmt: skip
         tiles = self.n_tiles
@@ -264,7 +283,8 @@ class FusedUpdate:
             state, action, reward, not_done, n_transitions, t, bc_noise, self.seeds, self.steps, 0, agent.discount,
             agent.policy.sqrt_alpha_bar, agent.policy.sqrt_one_minus_alpha_bar, p.bias, p.weights, p.low, q.bias, q.weights, q.low,
             self.target_values, self.inputs, self.saved, self.du, self.dy, self.q_inputs, self.q_saved, self.q_du, self.q_dy,
-            self.losses, B, N=N, N_PADDED=_padded(N), CRITICS=critics, TILES=tiles, **sizes,
+            self.losses, B, N=N, N_PADDED=_padded(N), CRITICS=critics, TILES=tiles,
+            **sizes | {"STAGES": min(tile.stages, FIT_STAGES)},
         )  # fmt: skip
         if self.learns_q:
             self._weight_gradients(self.critic, self.q_inputs, self.q_saved, self.q_du, self.q_dy, self.q_norms, B, 1 / B)
@@ -294,14 +314,13 @@ class FusedUpdate:
             COLUMNS=trained.columns, **trained.first_columns, STATE_DIM=p.state_dim, ACTION_DIM=p.action_dim, N_OUT=p.n_out,
             OUT=p.OUT, S=p.S, A=p.A, H=p.hidden_dim, T=p.n_timesteps if is_policy else 0, CLIMBS=climbs, TILES=self.n_tiles,
             TILES_PADDED=_padded(self.n_tiles), NORMS=norms.shape[1], OUT_TILE=tile.outputs, IN_TILE=tile.inputs,
-            BLOCK=tile.rows,
-            PRECISION=self.precision, STAGES=tile.stages, PTX=self.PTX, num_warps=tile.warps,
+            BLOCK=tile.rows, PRECISION=self.precision, STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
 
     def _adam(self, trained, norms, rates, rate, start, every):
         p, (beta_1, beta_2) = trained.packed, trained.betas
         copies = 2 * len(self.agents)
-        block = ADAM_BLOCK if self.PTX else 1 << 16  # the interpreter pays by the program
+        block = 1 << 16 if interpreting() else ADAM_BLOCK  # the interpreter pays by the program
         training.adam[(triton.cdiv(trained.size, block), len(self.agents))](
             trained.parameters, trained.gradient, trained.momentum, trained.variance, trained.average, trained.place, trained.factor,
             p.weights, p.low, p.bias, norms, self.steps, trained.adam_steps, rates, self.agent.lr_decay_every or 1,
@@ -309,7 +328,7 @@ class FusedUpdate:
             SIZE=trained.size, NORMS=norms.shape[1], NORMS_PADDED=_padded(norms.shape[1]), RATES=len(rates) - 1,
             CLIPS=self.agent.grad_norm > 0, BETA_1=beta_1, BETA_2=beta_2, LOG_BETA_1=math.log(beta_1),
             LOG_BETA_2=math.log(beta_2), EPS=trained.eps, WEIGHTS=p.weights.numel() // copies, BIASES=p.bias.numel() // copies,
-            SPLIT=self.precision == "fp16x3", BLOCK=block,
+            PRECISION=self.precision, BLOCK=block,
         )  # fmt: skip
 
     def _time_sizes(self) -> dict:
@@ -317,7 +336,7 @@ class FusedUpdate:
         T, D = p.packed.n_timesteps, self.time_dim
         return dict(
             SIZE=p.size, COLUMNS=p.columns, TIME_AT=p.packed.action_dim, H=p.packed.hidden_dim, T=T, T_PADDED=max(16, _padded(T)),
-            D=D, CHUNK=TIME_CHUNK if self.PTX else p.packed.hidden_dim,
+            D=D, CHUNK=p.packed.hidden_dim if interpreting() else TIME_CHUNK,
         )  # fmt: skip
 
     def _finish(self, counts: bool):
@@ -336,15 +355,14 @@ class FusedUpdate:
         """n updates on minibatches drawn with replacement. -> the mean of each metric over them, a dict of 0-d tensors; with
         several agents a list of them. Nothing waits for the device; NaN in any update is NaN in the mean.
 
-        On a GPU every PER_REPLAY updates are one replay of a CUDA graph, captured by the first call that needs it.
+        On a GPU every PER_REPLAY updates are one replay of a CUDA graph, which capture() makes, or the first call that needs it.
         """
         require(self.columns is not None, "this update was made without transitions: only step() can be called")
         self._freshen()
         self.metrics.zero_()
         with on(self.device):
-            if self.device.type == "cuda" and n >= PER_REPLAY:
-                if self.graph is None:
-                    self.graph = graphs.Captured(lambda: [self._launch() for _ in range(PER_REPLAY)] and None, unchanged=self.state())
+            if self.replays and n >= PER_REPLAY:
+                self.capture()
                 for _ in range(n // PER_REPLAY):
                     self.graph.replay()
                 n_left = n % PER_REPLAY
@@ -354,6 +372,13 @@ class FusedUpdate:
                 self._launch()
         self._count()
         return self._metrics(n)
+
+    def capture(self) -> None:
+        """Compile, and on a GPU capture the graph that run() replays, unless that is done; nothing is trained."""
+        require(self.columns is not None, "this update was made without transitions: only step() can be called")
+        if self.replays and self.graph is None:
+            me = weakref.proxy(self)  # or graph and update would keep each other alive until the garbage collector comes
+            self.graph = graphs.Captured(lambda: [me._launch() for _ in range(PER_REPLAY)] and None, unchanged=self.state())
 
     def step(self, batch, noise):
         """One update on a given batch (state, action, next_state, reward, not_done) with a given UpdateNoise; with several agents
@@ -392,7 +417,8 @@ class FusedUpdate:
 
     def _count(self) -> None:
         """The parameters have changed, as everybody who packed them has to know; here they are packed already."""
-        packing.count_step()
+        for agent in self.agents:
+            agent.count_write(*agent.networks().values())
         self.policy.packed.remember(), self.critic.packed.remember()
 
     def _metrics(self, n: int):

@@ -20,7 +20,6 @@ if str(ROOT) not in sys.path:
 torch.set_num_threads(1)  # the nets here are small: on a busy machine a second thread is waited for, not helped by
 
 
-
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU")
 
@@ -30,6 +29,15 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA GPU on this machine"))
+
+
+@pytest.fixture
+def cuda_graphs(monkeypatch):
+    """CUDA graphs can be captured: on a GPU those of torch, elsewhere an imitation that records and repeats."""
+    if not torch.cuda.is_available():
+        import recorded
+
+        recorded.install(monkeypatch)
 
 
 # The cut travels with the repository; the whole file, where somebody has it, lies beside the repository.

@@ -2,16 +2,29 @@
 
 import copy
 
+import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import precision as rounding
+from bench import rounding
 from dql import Batch, DiffusionPolicy, DiffusionQL, Transitions, TwinCritic, UpdateNoise, flatten_parameters
-from kernels.tiles import LARGE, SMALL, ProductTile, Tile
+from kernels.packing import architecture
+from kernels.tiles import ProductTile, Tile, choose_actor_tile, choose_tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# The interpreter computes whole tiles, so it gets the large one with fewer rows: the same code.
-TILES = {"small": SMALL["fp16"], "large": LARGE["tf32"] if DEVICE == "cuda" else LARGE["fp16"]._replace(rows=32)}
+needs_interpreter = pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU kernels are compiled, not interpreted")
+TILES = {"small": 1, "large": 1 << 20}  # rows of a batch that gets the tile
+
+
+def tile(size: str, precision: str = "fp16", hidden_dim: int = 128, choose=choose_tile) -> Tile:
+    """The tile to test: on a GPU a shipped one, which fits; for the interpreter, which pays by the chunk, the same code in few."""
+    if DEVICE == "cuda":
+        return choose(TILES[size], precision, architecture(torch.device(DEVICE)), hidden_dim)
+    return Tile(turned=True, rows=16, chunk=64, warps=4, stages=2) if size == "small" else Tile(False, 32, 32, 8, 2)
+
+
+def actor_tile(size: str, n_candidates: int, precision: str = "fp16", hidden_dim: int = 128) -> Tile:
+    return tile(size, precision, hidden_dim, lambda n_states, *which: choose_actor_tile(n_states, n_candidates, *which))
 
 
 def make_policy(state_dim=11, action_dim=3, *, gain=1.0, seed=0, **how):

@@ -13,8 +13,21 @@ from conftest import ROOT
 
 triton = pytest.importorskip("triton", reason="triton has no package for this platform")
 import triton.language as tl  # noqa: E402
-from reference import DEVICE, TILES, critic_at, eager_at, error, exact, make_critic, make_noise, make_policy  # noqa: E402
+import hopper  # noqa: E402
+from reference import (  # noqa: E402
+    DEVICE,
+    actor_tile,
+    critic_at,
+    eager_at,
+    error,
+    exact,
+    make_critic,
+    make_noise,
+    make_policy,
+    needs_interpreter,
+)
 
+from bench.rounding import allowed  # noqa: E402
 from dql import DiffusionQL  # noqa: E402
 from kernels import FusedActor, UnsupportedError  # noqa: E402
 from kernels.ops import gumbels  # noqa: E402
@@ -35,28 +48,41 @@ def make_inputs(policy, n_states, n_candidates):
     return make_noise(policy, n_states, seed=5)[0], x_T, noises, make_gumbel(n_states, n_candidates)
 
 
-@pytest.mark.parametrize("gain, tile", [(1.0, "small"), (3.0, "small"), (1.0, "large")])
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("n_states, n_candidates, state_dim, action_dim, hidden_dim, T", SIZES)
-def test_candidates_and_values_err_at_most_twice_as_much_as_eager_ones_and_the_choice_follows_from_them(
-    n_states, n_candidates, state_dim, action_dim, hidden_dim, T, precision, gain, tile
-):
+def assert_decisions_are_right(sizes, precision, gain, size, limit):
+    """Candidates and values err at most limit times as much as eager ones, and the choice follows from them."""
+    n_states, n_candidates, state_dim, action_dim, hidden_dim, T = sizes
     policy = make_policy(state_dim, action_dim, hidden_dim=hidden_dim, n_timesteps=T, gain=gain)
     critic = make_critic(state_dim, action_dim, hidden_dim=hidden_dim, gain=gain)
     state, x_T, noises, gumbel = make_inputs(policy, n_states, n_candidates)
     actor = FusedActor(policy, critic, n_candidates, precision)
-    action = actor(state, x_T, noises, gumbel, tile=TILES[tile])
+    action = actor(state, x_T, noises, gumbel, tile=actor_tile(size, n_candidates, precision, hidden_dim))
 
     repeated = state.repeat_interleave(n_candidates, 0)
     expected = exact(policy, repeated, x_T, noises)
     eager = error(eager_at(policy, precision, repeated, x_T, noises), expected)
-    assert error(actor.candidates, expected) <= 2 * eager
+    assert error(actor.candidates, expected) <= limit * eager
     # The critic is judged on the fused candidates, or it would inherit their error.
     exact_q = torch.minimum(*copy.deepcopy(critic).double()(repeated.double(), actor.candidates.double()))[:, 0]
     eager = error(critic_at(critic, precision, repeated, actor.candidates), exact_q)
-    assert error(actor.values, exact_q) <= 2 * eager
+    assert error(actor.values, exact_q) <= limit * eager
     best = (actor.values.view(n_states, n_candidates) + gumbel).argmax(1)
     assert torch.equal(action, actor.candidates.view(n_states, n_candidates, -1)[torch.arange(n_states), best])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    "sizes, gain, size",
+    [*((sizes, 1.0, "small") for sizes in SIZES), *((sizes, *how) for sizes in SIZES[1:3] for how in ((3.0, "small"), (1.0, "large")))],
+)
+def test_candidates_and_values_err_no_more_than_allowed(sizes, precision, gain, size):
+    assert_decisions_are_right(sizes, precision, gain, size, allowed(precision, DEVICE == "cuda"))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_decisions_are_right_in_hoppers_arithmetic(precision, monkeypatch):
+    hopper.install(monkeypatch)
+    assert_decisions_are_right(SIZES[0], precision, 1.0, "small", allowed(precision, on_gpu=True))
 
 
 def test_policy_and_critic_may_differ_in_width():
@@ -127,9 +153,10 @@ def test_draws_do_not_depend_on_the_tile_nor_on_how_many_states_there_are():
     policy, critic = make_policy(29, 8, n_timesteps=2), make_critic(29, 8)
     state = make_noise(policy, 3)[0]
     actor = FusedActor(policy, critic, 20, "fp32")
-    small = actor(state, seed=3, tile=TILES["small"])
-    torch.testing.assert_close(small, actor(state, seed=3, tile=TILES["large"]), rtol=0, atol=2e-5)
-    assert torch.equal(small[:2], actor(state[:2], seed=3, tile=TILES["small"]))
+    small, large = (actor_tile(size, 20, "fp32") for size in ("small", "large"))
+    actions = actor(state, seed=3, tile=small)
+    torch.testing.assert_close(actions, actor(state, seed=3, tile=large), rtol=0, atol=2e-5)
+    assert torch.equal(actions[:2], actor(state[:2], seed=3, tile=small))
 
 
 def test_calls_differ_and_a_seed_repeats():
@@ -239,18 +266,22 @@ SANITIZED = """
 import torch, kernels
 from dql import DiffusionQL
 agent = DiffusionQL(11, 3, hidden_dim=128, device="cuda")
-for precision in ("fp16", "fp16x3"):
-    kernels.FusedSampler(agent.policy, precision)(torch.randn(50, 11, device="cuda"))
-    kernels.FusedSampler(agent.policy, precision)(torch.randn(5000, 11, device="cuda"))
-    kernels.FusedActor(agent.policy, agent.critic, 50, precision)(torch.randn(3, 11, device="cuda"))
+kernels.FusedSampler(agent.policy)(torch.randn(50, 11, device="cuda"))
+kernels.FusedSampler(agent.policy)(torch.randn(5000, 11, device="cuda"))
+kernels.FusedActor(agent.policy, agent.critic, 50)(torch.randn(3, 11, device="cuda"))
+batch = [torch.randn(100, n, device="cuda") for n in (11, 3, 11, 1, 1)]
+kernels.FusedUpdate(agent, None, 100).step(batch, agent.draw_noise(100))
 torch.cuda.synchronize()
 """
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not shutil.which("compute-sanitizer"), reason="compute-sanitizer is not installed")
-def test_compute_sanitizer_finds_no_bad_access():
-    command = ["compute-sanitizer", "--error-exitcode", "3", sys.executable, "-c", SANITIZED]
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer_finds_nothing(tool):
+    # Errors of the API are not the kernels': torch probes for what a driver may lack.
+    options = ["--report-api-errors", "no"] if tool == "memcheck" else []
+    command = ["compute-sanitizer", "--tool", tool, *options, "--error-exitcode", "3", sys.executable, "-c", SANITIZED]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that each tensor has bounds of its own
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stdout[-3000:]

@@ -9,6 +9,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -399,6 +400,17 @@ def test_learning_rates_decay_by_a_cosine(every, steps):
     before = vector(agent.policy)
     agent.update(batch)
     assert torch.equal(vector(agent.policy), before)  # the rate has reached 0 and stays there
+
+
+def test_rates_of_an_agent_on_a_gpu_change_where_they_are():
+    """There a captured update reads them."""
+    agent, rates = small_agent(lr=0.1, critic_lr=0.2, lr_decay_every=1, lr_decay_steps=2), (torch.tensor(0.1), torch.tensor(0.2))
+    for optimizer, rate in zip((agent.policy_optimizer, agent.critic_optimizer), rates):
+        optimizer.param_groups[0]["lr"] = rate
+    agent.device = SimpleNamespace(type="cuda")
+    agent.step.fill_(1)
+    agent._decay_rates()
+    assert [float(rate) for rate in rates] == pytest.approx([0.05, 0.1])
 
 
 def test_behaviour_cloning_touches_no_critic(monkeypatch):
@@ -795,7 +807,7 @@ def test_acting_falls_back_with_a_line_where_they_may_and_refuse_where_they_may_
     class OnGPU:
         device = torch.device("cuda")
 
-        def fuse(self, n_candidates):
+        def fuse(self, n_candidates, precision):
             raise kernels.UnsupportedError("hidden_dim 100 is not one of (128, 256, 512)")
 
     dql.choose_acting(dql.Config(backend="auto"), [OnGPU()])
@@ -811,11 +823,12 @@ def test_acting_falls_back_with_a_line_where_they_may_and_refuse_where_they_may_
     assert capsys.readouterr().out == ""
 
 
-def test_a_diverged_policy_is_named_where_the_kernels_find_it(kernels):
+@pytest.mark.parametrize("weight, message", [(math.nan, "not finite at update 7"), (1e6, "at update 7 .* cannot hold: take --precision tf32")])
+def test_a_diverged_policy_is_named_where_the_kernels_find_it(kernels, weight, message):
     agent = DiffusionQL(5, 2, hidden_dim=128, n_timesteps=2)
     agent.fuse(n_candidates=3)
     with torch.no_grad():
-        agent.policy.final_layer.bias[0] = math.nan
+        agent.policy.final_layer.weight[0, 0] = weight
 
     class Task:
         episode_limit = 1
@@ -823,5 +836,5 @@ def test_a_diverged_policy_is_named_where_the_kernels_find_it(kernels):
         def evaluate(self, act, *_, **__):
             act(np.zeros((1, 5), np.float32))
 
-    with pytest.raises(dql.UserError, match="not finite at update 7"):
+    with pytest.raises(dql.UserError, match=message):
         dql.evaluate(agent, Task(), dql.Config(n_candidates=3), 1, 7)

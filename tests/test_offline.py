@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 pytest.importorskip("triton", reason="triton has no package for this platform")
-from bench.offline import cases  # noqa: E402
+from bench.offline import cases, tile_of  # noqa: E402
 from bench.timing import RESULTS  # noqa: E402
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that one block can have
@@ -60,14 +60,18 @@ SPILLED = {
 }
 
 
-@pytest.fixture(scope="module")
-def compiled():
+def compile_cases(*options) -> dict:
     """(sm, case) -> what bench.offline found."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.offline", "--only", *(f"^{case}$" for case in CASES)]
+    command = [sys.executable, "-m", "bench.offline", *options]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return {(found["arch"], found["case"]): found for found in map(json.loads, done.stdout.splitlines())}
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    return compile_cases("--only", *(f"^{case}$" for case in CASES))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -77,7 +81,7 @@ def test_a_kernel_fits_the_chip_spills_no_more_than_known_and_uses_its_matrix_un
     assert found["instructions"] > 700, "compiled to a trap"
     if found["UTCHMMA"] == 0:  # what allocates the tensor memory of sm_100 brings a check that traps
         assert found["BPT"] == 0
-    assert found["shared"] <= SHARED[arch]
+    assert found["shared"] <= SHARED[arch] and found["undefined"] == 0
     assert found["LDL"] + found["STL"] <= SPILLED.get((arch, case), 0)
     if any(name in case for name in NO_PRODUCTS):
         assert found["HGMMA"] + found["UTCHMMA"] + found["HMMA"] == 0
@@ -89,11 +93,19 @@ def test_a_kernel_fits_the_chip_spills_no_more_than_known_and_uses_its_matrix_un
         assert found["UTCHMMA"] + found["HMMA"] > 0
 
 
+def test_the_default_fits_cards_with_little_shared_memory():
+    found = compile_cases("--arch", "89", "--only", "^(sampler|actor) large 256 fp16$", "^update (sample|fit|climb) 256 fp16$")
+    assert len(found) == 5 and max(case["shared"] for case in found.values()) <= 99 * 1024
+
+
 def test_the_committed_figures_are_of_every_kernel_that_is_shipped_and_each_fits_its_chip():
     known = {(found["arch"], found["case"]): found for found in json.loads((RESULTS / "offline.json").read_text())["cases"]}
     assert known.keys() == {(arch, name) for arch in SHARED for name in cases(arch)}
     for (arch, name), found in known.items():
+        _, _, constants, options = cases(arch)[name]()
+        assert found["tile"] == tile_of(constants, options), f"{name} on sm_{arch} has another tile: run bench.offline again"
         assert found["shared"] <= SHARED[arch], f"{name} on sm_{arch}"
+        assert found["undefined"] == 0, f"{name} on sm_{arch} gives its assembly registers that hold nothing"
         assert found["instructions"] > 500 and (found["BPT"] == 0 or found["UTCHMMA"] > 0), f"{name} on sm_{arch} is a trap"
 
 

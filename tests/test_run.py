@@ -481,6 +481,30 @@ def test_a_fused_update_that_is_wrong_is_refused(data, few_programs, monkeypatch
         dql.fuse_updates(tiny_agents(), transitions_of(data), 8, "fp16")
 
 
+def test_a_backend_that_cannot_be_captured_leaves_agents_as_they_were(data, few_programs, cuda_graphs, monkeypatch):
+    """So the next slower one trains what was to be trained."""
+    agents, whole = tiny_agents(), few_programs.FusedUpdate
+    before = {name: value.clone() for name, value in agents[0].state_dict().items()}
+
+    def replaying(*args):
+        update = whole(*args)
+        update.replays = True
+        return update
+
+    def broken(graph, stream):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(few_programs, "FusedUpdate", replaying)
+    monkeypatch.setattr("kernels.update.PER_REPLAY", 1)
+    monkeypatch.setattr("kernels.graphs.WARM_UP", 1)
+    monkeypatch.setattr(torch.cuda, "graph", broken)
+    for backend in ("fused", "graph"):
+        with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+            dql.make_updates(backend, dql.Config(batch_size=8), agents, transitions_of(data))
+        for name, value in agents[0].state_dict().items():
+            assert torch.equal(value, before[name]), f"{backend}: {name}"
+
+
 def test_auto_takes_the_next_slower_backend_with_a_line_that_says_why(monkeypatch, capsys):
     class OnGPU:
         device = torch.device("cuda")

@@ -1,6 +1,7 @@
 """The fused sampler against the eager chain in float64, at sizes that fill no tile. On a CPU in Triton's interpreter."""
 
 import math
+import os
 import subprocess
 import sys
 
@@ -11,13 +12,15 @@ from conftest import ROOT
 
 triton = pytest.importorskip("triton", reason="triton has no package for this platform")
 import triton.language as tl  # noqa: E402
-from reference import DEVICE, TILES, eager_at, error, exact, make_noise, make_policy  # noqa: E402
+import hopper  # noqa: E402
+from reference import DEVICE, TILES, eager_at, error, exact, make_noise, make_policy, needs_interpreter, tile  # noqa: E402
 
 import kernels  # noqa: E402
+from bench.rounding import allowed  # noqa: E402
 from kernels import FusedSampler, UnsupportedError  # noqa: E402
 from kernels.ops import normals  # noqa: E402
 from kernels.packing import PRECISIONS, architecture  # noqa: E402
-from kernels.tiles import LARGE, SMALL, choose_tile  # noqa: E402
+from kernels.tiles import LARGE, LITTLE_MEMORY, SMALL, choose_tile  # noqa: E402
 
 # state, action, hidden, T, schedule, max_action
 SIZES = [
@@ -32,39 +35,67 @@ SIZES = [
 ]
 
 
-@pytest.mark.parametrize("gain, tile", [(1.0, "small"), (3.0, "small"), (1.0, "large")])
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("state_dim, action_dim, hidden_dim, T, schedule, max_action", SIZES)
-def test_error_is_at_most_twice_that_of_the_eager_chain_at_the_same_precision(
-    state_dim, action_dim, hidden_dim, T, schedule, max_action, precision, gain, tile
-):
-    policy = make_policy(
-        state_dim, action_dim, hidden_dim=hidden_dim, n_timesteps=T, schedule=schedule, max_action=max_action, gain=gain
-    )
+def assert_actions_are_right(sizes, precision, gain, size, limit):
+    """The error against float64 is at most limit times that of the eager chain at the same precision."""
+    state_dim, action_dim, hidden_dim, T, schedule, max_action = sizes
+    how = dict(hidden_dim=hidden_dim, n_timesteps=T, schedule=schedule, max_action=max_action, gain=gain)
+    policy = make_policy(state_dim, action_dim, **how)
     inputs = make_noise(policy, 50 if T < 10 else 17)
     expected = exact(policy, *inputs)
     eager = error(eager_at(policy, precision, *inputs), expected)
-    fused = error(FusedSampler(policy, precision)(*inputs, tile=TILES[tile]), expected)
-    assert fused <= 2 * eager, f"fused {fused:.2e}, eager {eager:.2e}"
+    fused = error(FusedSampler(policy, precision)(*inputs, tile=tile(size, precision, hidden_dim)), expected)
+    assert fused <= limit * eager, f"fused {fused:.2e}, eager {eager:.2e}"
 
 
-@pytest.mark.parametrize("tile", TILES)
-@pytest.mark.parametrize("n", [1, 3, 17, 65])
-def test_rows_do_not_depend_on_how_many_there_are(n, tile):
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    "sizes, gain, size",
+    [*((sizes, 1.0, "small") for sizes in SIZES), *((sizes, *how) for sizes in SIZES[:4] for how in ((3.0, "small"), (1.0, "large")))],
+)
+def test_actions_err_no_more_than_eager_ones_allow(sizes, precision, gain, size):
+    assert_actions_are_right(sizes, precision, gain, size, allowed(precision, DEVICE == "cuda"))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("gain, size", [(1.0, "small"), (3.0, "small"), (1.0, "large")])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_actions_are_right_in_hoppers_arithmetic(precision, gain, size, monkeypatch):
+    hopper.install(monkeypatch)
+    assert_actions_are_right(SIZES[1] if size == "small" else SIZES[0], precision, gain, size, allowed(precision, on_gpu=True))
+
+
+def part_and_whole(n, size):
+    """The first n of 129 rows, sampled alone and among the others, with noise given and with noise drawn."""
     policy = make_policy(29, 8, n_timesteps=2)
     sampler, (state, x_T, noises) = FusedSampler(policy), make_noise(policy, 129)
-    whole = sampler(state, x_T, noises, tile=TILES[tile])
-    part = sampler(state[:n], x_T[:n], noises[:, :n].contiguous(), tile=TILES[tile])
-    assert torch.equal(part, whole[:n])
-    assert torch.equal(sampler(state[:n], seed=4, tile=TILES[tile]), sampler(state, seed=4, tile=TILES[tile])[:n])
+    how = dict(tile=tile(size))
+    yield sampler(state[:n], x_T[:n], noises[:, :n].contiguous(), **how), sampler(state, x_T, noises, **how)[:n]
+    yield sampler(state[:n], seed=4, **how), sampler(state, seed=4, **how)[:n]
 
 
-@pytest.mark.parametrize("tile", TILES)
-def test_every_element_is_written_and_nothing_past_the_end(tile):
+@needs_interpreter
+@pytest.mark.parametrize("size", TILES)
+@pytest.mark.parametrize("n", [1, 3, 17, 65])
+def test_rows_do_not_depend_on_how_many_there_are(n, size):
+    assert all(torch.equal(part, whole) for part, whole in part_and_whole(n, size))
+
+
+@pytest.mark.parametrize("size", TILES)
+@pytest.mark.parametrize("n", [1, 17])
+def test_on_a_gpu_rows_depend_on_their_neighbours_by_rounding_alone(n, size, monkeypatch):
+    """Rows that lie side by side in a tile share reciprocals: within fp16's own rounding, a thousandth."""
+    if DEVICE == "cpu":
+        hopper.install(monkeypatch)
+    for part, whole in part_and_whole(n, size):
+        torch.testing.assert_close(part, whole, rtol=0, atol=5e-4)
+
+
+@pytest.mark.parametrize("size", TILES)
+def test_every_element_is_written_and_nothing_past_the_end(size):
     policy = make_policy(17, 6)
     sampler, inputs = FusedSampler(policy), make_noise(policy, 50)
     memory = torch.full((80, 6), math.nan, device=DEVICE)
-    sampler(*inputs, out=memory[10:60], tile=TILES[tile])
+    sampler(*inputs, out=memory[10:60], tile=tile(size))
     assert memory[10:60].isfinite().all()
     assert memory[:10].isnan().all() and memory[60:].isnan().all()
 
@@ -138,7 +169,7 @@ def test_normals_do_not_depend_on_the_tile():
 def test_a_seed_gives_the_same_actions_from_any_tile_and_no_seed_gives_new_ones():
     policy = make_policy(29, 8)
     sampler, state = FusedSampler(policy, "fp32"), make_noise(policy, 50)[0]
-    small, large = (sampler(state, seed=3, tile=tile) for tile in TILES.values())
+    small, large = (sampler(state, seed=3, tile=tile(size, "fp32")) for size in TILES)
     torch.testing.assert_close(small, large, rtol=0, atol=2e-5)
     assert torch.equal(sampler(state, seed=3), sampler(state, seed=3))
     first, second = sampler(state), sampler(state)
@@ -183,8 +214,10 @@ def test_batches_that_leave_processors_idle_get_small_tiles():
     for precision in PRECISIONS:
         assert choose_tile(1, precision) == choose_tile(64, precision) == SMALL[precision]
         assert choose_tile(1 << 20, precision, arch=90) == LARGE[precision]
-        assert choose_tile(1 << 20, precision, arch=89) == choose_tile(1 << 20, precision, arch=80)
-        assert choose_tile(1 << 20, precision, arch=120) == choose_tile(1 << 20, precision, arch=100)
+        assert choose_tile(1 << 20, precision, arch=87) == choose_tile(1 << 20, precision, arch=80)
+        assert choose_tile(1 << 20, precision, arch=103) == choose_tile(1 << 20, precision, arch=100)
+        for arch in LITTLE_MEMORY:
+            assert choose_tile(1 << 20, precision, arch) == SMALL[precision]._replace(stages=2)
 
 
 @pytest.mark.parametrize(
@@ -253,6 +286,25 @@ def test_why_not_says_why_the_kernels_cannot_run(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
     assert "sm_75" in kernels.why_not()
+
+
+def test_the_kernels_tests_need_no_more_than_the_kernels_do():
+    """On a bare GPU machine there is torch, triton, numpy, safetensors and pytest: all of them are collected there."""
+    script = """
+import sys
+from importlib.machinery import PathFinder
+missing = "gymnasium gymnasium_robotics mujoco h5py minari tyro tqdm tensorboard scipy matplotlib imageio PIL ray xdist".split()
+class Bare:  # finds what is installed, but for these
+    def find_spec(name, *rest):
+        return None if name.partition(".")[0] in missing else PathFinder.find_spec(name, *rest)
+sys.meta_path[sys.meta_path.index(PathFinder)] = Bare
+import pytest
+from bench.all import TESTS as files
+sys.exit(pytest.main(["-q", "--collect-only", "-p", "no:cacheprovider", "-p", "no:xdist", *files]))
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
 
 
 def test_without_triton_the_package_can_be_imported_and_says_what_to_install():

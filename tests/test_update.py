@@ -1,12 +1,16 @@
 """The fused update against eager updates in float64 and in its own precision, at sizes that fill no tile."""
 
 import dataclasses
+import gc
 import math
+import warnings
+import weakref
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton has no package for this platform")
+import hopper  # noqa: E402
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 from reference import (  # noqa: E402
@@ -19,15 +23,16 @@ from reference import (  # noqa: E402
     make_batch,
     make_noise,
     make_transitions,
+    needs_interpreter,
     to_float64,
 )
 
 import dql  # noqa: E402
 import kernels  # noqa: E402
-from bench import precision as rounding  # noqa: E402
+from bench import rounding  # noqa: E402
+from bench.rounding import allowed  # noqa: E402
 from dql import Batch, DiffusionQL, UpdateNoise  # noqa: E402
 from kernels import FusedSampler, FusedUpdate, UnsupportedError, training  # noqa: E402
-from kernels.ops import mish_slope, power_of_two  # noqa: E402
 from kernels.packing import PRECISIONS  # noqa: E402
 from kernels.tiles import Tile, choose_update_tile  # noqa: E402
 
@@ -45,10 +50,11 @@ def fused(agents, batch_size, precision="fp32", transitions=None, **how):
 
 
 def imitate(monkeypatch, precision):
-    """Eager products round their operands as the kernels do at this precision."""
+    """Eager networks round their operands as the kernels do at this precision."""
     if precision in rounding.ROUND:
-        monkeypatch.setattr(torch.nn.functional, "linear", torch.nn.functional.linear)  # so that they are put back
-        monkeypatch.setattr(dql.DiffusionPolicy, "_noise", dql.DiffusionPolicy._noise)
+        policy, critic = dql.DiffusionPolicy, dql.TwinCritic
+        for owner, name in ((policy, "_condition"), (policy, "_noise"), (critic, "forward"), (critic, "single")):
+            monkeypatch.setattr(owner, name, getattr(owner, name))  # so that they are put back
         rounding.imitate(precision)
 
 
@@ -81,14 +87,14 @@ SIZES = [
 FLOAT32 = 4e-7  # a few roundings, by which two ways of adding up may differ
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("state_dim, action_dim, hidden_dim, T, max_action, max_q, n, coin", SIZES)
-def test_gradients_are_at_most_twice_as_far_from_float64_as_eager_ones_at_the_same_precision(
-    state_dim, action_dim, hidden_dim, T, max_action, max_q, n, precision, coin, monkeypatch
-):
+def assert_gradients_are_right(monkeypatch, size, precision, limit, prepare=lambda agent: None):
+    """One update's gradients err at most limit times as much as eager ones at the same precision. -> both's metrics"""
+    state_dim, action_dim, hidden_dim, T, max_action, max_q, n, coin = size
     # critic_lr 0: both actors climb the same critic. No clipping: what is left in the vectors are the gradients.
     how = dict(hidden_dim=hidden_dim, n_timesteps=T, max_action=max_action, max_q_backup=max_q, critic_lr=0.0, grad_norm=0.0, eta=2.0)
     agents = [make_agent(state_dim, action_dim, **how) for _ in range(3)]
+    for agent in agents:
+        prepare(agent)
     batch, noise = away_from_clamps(agents[0], n)
     noise.coin.fill_(coin)
     exact, eager, ours = to_float64(agents[0]), agents[1], agents[2]
@@ -99,14 +105,52 @@ def test_gradients_are_at_most_twice_as_far_from_float64_as_eager_ones_at_the_sa
     expected = eager.update(batch, noise)
     for name, trained in (("policy", update.policy), ("critic", update.critic)):
         target = getattr(exact, f"{name}_vector").grad
-        allowed = 2 * error(getattr(eager, f"{name}_vector").grad, target)
+        most = limit * error(getattr(eager, f"{name}_vector").grad, target)
         found = error(trained.gradient[0], target)
-        assert found <= max(allowed, FLOAT32), f"{name}: fused {found:.2e}, allowed {allowed:.2e}"
+        assert found <= max(most, FLOAT32), f"{name}: fused {found:.2e}, allowed {most:.2e}"
+    return metrics, expected
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("size", SIZES)
+def test_gradients_err_no_more_than_eager_ones_allow(size, precision, monkeypatch):
+    metrics, expected = assert_gradients_are_right(monkeypatch, size, precision, allowed(precision, DEVICE == "cuda"))
     tolerance = dict(rtol=0.02, atol=5e-3) if precision in ("fp16", "tf32") else dict(rtol=1e-5, atol=1e-6)
     for name in expected:
         torch.testing.assert_close(metrics[name], expected[name], **tolerance)
 
 
+@needs_interpreter
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("size", SIZES[:2])
+def test_gradients_are_right_in_hoppers_arithmetic(size, precision, monkeypatch):
+    hopper.install(monkeypatch)
+    assert_gradients_are_right(monkeypatch, size, precision, allowed(precision, on_gpu=True))
+
+
+def steepen(agent, steepness):
+    """Let dQ/dz₁ of a critic reach steepness, its last three layers growing alike."""
+    batch = make_batch(agent, 64)
+    x = torch.cat([batch.state, batch.action], dim=1)
+    for model in (agent.critic.q1_model, agent.critic.q2_model):
+        for _ in range(5):
+            z = model[0](x).detach().requires_grad_()
+            (slope,) = torch.autograd.grad(model[1:](z.clone()).sum(), z)
+            with torch.no_grad():
+                for layer in model[2::2]:
+                    layer.weight *= (steepness / slope.abs().max()) ** (1 / 3)
+    agent.critic_target.load_state_dict(agent.critic.state_dict())
+
+
+@pytest.mark.parametrize("steepness", [400.0, 100_000.0])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_gradients_of_a_steep_critic_neither_overflow_nor_vanish(precision, steepness, monkeypatch):
+    """400: what a critic has learned of a fall that costs 800 of 1,000 after 3,000 updates."""
+    limit = allowed(precision, DEVICE == "cuda")
+    assert_gradients_are_right(monkeypatch, SIZES[0], precision, limit, lambda agent: steepen(agent, steepness))
+
+
+@needs_interpreter  # on a GPU the tiles are those that are shipped
 @pytest.mark.parametrize("turned", [True, False])
 def test_gradients_of_each_parameter_of_each_layer_are_right(turned):
     agents = [make_agent(grad_norm=0.0, critic_lr=0.0) for _ in range(2)]
@@ -135,52 +179,20 @@ def test_no_gradient_passes_where_a_clamp_is_active():
 
 
 @triton.jit
-def slopes(x, out, N: tl.constexpr):
-    i = tl.arange(0, N)
-    tl.store(out + i, mish_slope(tl.load(x + i)))
-
-
-def test_the_slope_of_mish_is_that_of_torch_from_end_to_end():
-    x = torch.linspace(-100, 100, 4096, dtype=torch.float64, requires_grad=True)
-    (expected,) = torch.autograd.grad(torch.nn.functional.mish(x).sum(), x)
-    u = (x.detach() * math.log2(math.e)).float().to(DEVICE)
-    out = torch.empty_like(u)
-    slopes[(1,)](u, out, N=4096)
-    assert (out.cpu() - expected).abs().max() < 1e-6
-
-
-@triton.jit
-def scales(x, out, PRECISION: tl.constexpr):
-    i = tl.arange(0, 16)
-    up, down = power_of_two(tl.load(x + i[:, None] * 16 + i[None, :]), PRECISION)
-    tl.store(out, up)
-    tl.store(out + 1, down)
-
-
-@pytest.mark.parametrize("largest", [1.0, 0.7, 3e-20, 6e30, 0.0, math.nan, math.inf])
-def test_gradients_are_brought_to_where_fp16_has_all_its_bits(largest):
-    x, out = torch.zeros(16, 16, device=DEVICE), torch.empty(2, device=DEVICE)
-    x[3, 4] = -largest
-    scales[(1,)](x, out, PRECISION="fp16")
-    up, down = out.tolist()
-    assert up * down == 1.0 and math.frexp(up)[0] == 0.5
-    if math.isfinite(largest) and largest > 0:
-        assert 256 <= up * largest < 512
-    scales[(1,)](x, out, PRECISION="fp32")
-    assert out.tolist() == [1.0, 1.0]
-
-
-@triton.jit
 def corrections(n, out, LOG_BETA: tl.constexpr):
-    tl.store(out, training._one_minus_power(LOG_BETA, tl.load(n)))
+    i = tl.arange(0, 256)
+    tl.store(out + i, training._one_minus_power(LOG_BETA, tl.load(n + i)))
 
 
+@pytest.mark.parametrize("arithmetic", ["exact", pytest.param("hopper", marks=needs_interpreter)])
 @pytest.mark.parametrize("beta", [0.9, 0.999])
-def test_bias_corrections_are_exact_from_the_first_step_to_the_last(beta):
-    for n in (1, 2, 10, 99, 101, 1000, 1_000_000):
-        out = torch.empty(1, device=DEVICE)
-        corrections[(1,)](torch.tensor([float(n)], device=DEVICE), out, LOG_BETA=math.log(beta))
-        assert float(out) == pytest.approx(1 - beta**n, rel=1e-6)
+def test_bias_corrections_are_exact_from_the_first_step_to_the_last(beta, arithmetic, monkeypatch):
+    if arithmetic == "hopper":  # with exponentials up to two ulps off, at random
+        hopper.install(monkeypatch, ulps=2.0)
+    for n in (1, 2, 4, 5, 10, 99, 101, 499, 501, 1000, 1_000_000):
+        out = torch.empty(256, device=DEVICE)
+        corrections[(1,)](torch.full((256,), float(n), device=DEVICE), out, LOG_BETA=math.log(beta))
+        assert out.tolist() == pytest.approx([1 - beta**n] * 256, rel=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -414,6 +426,18 @@ def test_a_resumed_run_goes_on_bit_for_bit(history):
     assert_same(agent, states[1])
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_adam_packs_what_packing_packs(precision):
+    """So that a resumed run reads the same bits."""
+    agent = make_agent(5, 2, **SMALL)
+    update = fused(agent, 6, precision, make_transitions(agent))
+    update.run(1)
+    packed = [p for trained in (update.policy, update.critic) for p in (trained.packed.weights, trained.packed.low, trained.packed.bias)]
+    before = [p.clone() for p in packed]
+    update.refresh()
+    assert all(map(torch.equal, packed, before))
+
+
 def test_what_is_loaded_between_runs_is_what_is_trained(history):
     states, _ = history
     agent, update = small_run(1)
@@ -463,8 +487,108 @@ def test_fp16_gradients_of_huge_and_tiny_errors_neither_overflow_nor_vanish():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# In CUDA graphs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def replaying(agent, precision="fp16"):
+    """A FusedUpdate whose run() replays a graph, also an imitated one."""
+    update = fused(agent, 256 if DEVICE == "cuda" else 6, precision, make_transitions(agent))
+    update.replays = True
+    return update
+
+
+@pytest.mark.parametrize("precision", PRECISIONS if DEVICE == "cuda" else ["fp16"])
+def test_replays_of_the_graph_equal_single_launches(cuda_graphs, precision, monkeypatch):
+    monkeypatch.setattr(kernels.update, "PER_REPLAY", 2)
+    monkeypatch.setattr(kernels.graphs, "WARM_UP", 1)
+    agents = [make_agent(5, 2, seed=1, **SMALL) for _ in range(2)]
+    replayed, launched = (replaying(agent, precision) for agent in agents)
+    metrics = replayed.run(5)
+    assert replayed.graph is not None
+    singles = [launched.run(1) for _ in range(5)]
+    assert launched.graph is None
+    assert_same(agents[0], tensors(agents[1]))
+    for name, mean in metrics.items():
+        torch.testing.assert_close(mean, torch.stack([m[name] for m in singles]).mean())
+
+
+@needs_interpreter
+def test_a_captured_update_is_launches_alone(cuda_graphs, monkeypatch):
+    """Whatever torch did there would be one more launch, or memory that the graph has to keep."""
+    monkeypatch.setattr(kernels.update, "PER_REPLAY", 2)
+    agent = make_agent(5, 2, **SMALL)
+    monkeypatch.setattr(kernels.graphs, "WARM_UP", 1)
+    update = replaying(agent)
+    before = tensors(agent)
+    update.capture()
+    assert update.graph.graph.launches == 2 * [
+        "sample", "fit", "weight_gradients", "adam", "climb", "weight_gradients", "time_gradient", "adam", "finish"
+    ]  # fmt: skip
+    assert update.graph.graph.operations == []
+    assert_same(agent, before)
+
+
+def test_an_update_and_its_graph_die_with_their_last_reference(cuda_graphs, monkeypatch):
+    """A graph that the garbage collector destroys may do so during another capture, and break it."""
+    monkeypatch.setattr(kernels.update, "PER_REPLAY", 1)
+    update = replaying(make_agent(5, 2, **SMALL))
+    update.capture()
+    gone = weakref.ref(update.graph)
+    gc.disable()
+    try:
+        del update
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_captured_eager_updates_equal_launched_ones(cuda_graphs):
+    n, how = (200, dict(lr_decay_every=50, lr_decay_steps=10)) if DEVICE == "cuda" else (3, {})
+    agents = [make_agent(5, 2, **SMALL, **how) for _ in range(2)]
+    transitions = make_transitions(agents[0])
+    before = tensors(agents[1])
+    update = dql.Updates([agents[1]], transitions, 6, graph=True)
+    assert_same(agents[1], before)
+    metrics = [dql.Updates([agents[0]], transitions, 6).run(n), update.run(n)]
+    for name, value in tensors(agents[0]).items():
+        if DEVICE == "cuda":  # where cuBLAS may choose another product for another stream
+            torch.testing.assert_close(tensors(agents[1])[name], value, rtol=1e-3, atol=1e-4)
+        else:
+            assert torch.equal(tensors(agents[1])[name], value), name
+    for name, mean in metrics[0][0].items():
+        torch.testing.assert_close(metrics[1][0][name], mean)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # What is not supported
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_states_that_fp16_cannot_hold_are_refused():
+    agent = make_agent()
+    transitions = make_transitions(agent)
+    transitions.columns[2][3, 4] = 1e5
+    for precision in ("fp16", "fp16x3"):
+        with pytest.raises(UnsupportedError, match=f"next_state reaches 1e\\+05, which {precision} cannot hold: normalise states"):
+            FusedUpdate(agent, transitions, 8, precision)
+    for precision in ("tf32", "fp32"):
+        FusedUpdate(agent, transitions, 8, precision)
+
+
+def test_states_of_which_eleven_bits_tell_nothing_get_a_warning():
+    agent = make_agent()
+    transitions = make_transitions(agent)
+    for states in transitions.columns[::2][:2]:
+        states[:, 2] = 1000.0  # always the same: nothing is lost
+        states[:, 7] = 1000.0 + 0.1 * torch.rand(len(states), device=DEVICE)
+    for precision in ("fp16", "tf32"):
+        with pytest.warns(UserWarning, match=rf"column 7 of state varies by 0\.\d+ and reaches 1e\+03, so {precision} sees"):
+            FusedUpdate(agent, transitions, 8, precision)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FusedUpdate(agent, transitions, 8, "fp16x3")
+        FusedUpdate(agent, make_transitions(agent), 8, "fp16")
 
 
 @pytest.mark.parametrize(
@@ -542,23 +666,6 @@ def test_want_of_memory_says_how_much_is_wanted(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_replays_of_the_graph_equal_single_launches(precision, monkeypatch):
-    monkeypatch.setattr(kernels.update, "PER_REPLAY", 5)
-    agents = [make_agent(29, 8, hidden_dim=256, ema_every=2) for _ in range(2)]
-    transitions = make_transitions(agents[0], 10_000)
-    replayed = FusedUpdate(agents[0], transitions, 256, precision)
-    launched = FusedUpdate(agents[1], transitions, 256, precision)
-    metrics = replayed.run(12)
-    assert replayed.graph is not None
-    singles = [launched.run(1) for _ in range(12)]
-    assert launched.graph is None
-    assert_same(agents[0], tensors(agents[1]))
-    for name, mean in metrics.items():
-        torch.testing.assert_close(mean, torch.stack([m[name] for m in singles]).mean())
-
-
-@pytest.mark.gpu
 def test_eight_agents_in_a_graph_get_the_numbers_that_each_gets_alone():
     agents = [make_agent(29, 8, hidden_dim=256, seed=seed, max_q_backup=True) for seed in range(8)]
     transitions = make_transitions(agents[0], 10_000)
@@ -567,15 +674,6 @@ def test_eight_agents_in_a_graph_get_the_numbers_that_each_gets_alone():
         alone = make_agent(29, 8, hidden_dim=256, seed=seed, max_q_backup=True)
         FusedUpdate(alone, transitions, 256).run(200)
         assert_same(alone, tensors(agents[seed]))
-
-
-@pytest.mark.gpu
-def test_two_hundred_captured_eager_updates_equal_as_many_launched_ones():
-    agents = [make_agent(29, 8, hidden_dim=256, lr_decay_every=50, lr_decay_steps=10) for _ in range(2)]
-    transitions = make_transitions(agents[0], 10_000)
-    metrics = [dql.Updates([agent], transitions, 256, graph=graph).run(200) for agent, graph in zip(agents, (False, True))]
-    assert_same(agents[0], tensors(agents[1]))
-    assert metrics[0][0].keys() == metrics[1][0].keys()
 
 
 @pytest.mark.gpu

@@ -1,0 +1,155 @@
+"""CUDA graphs on a CPU: what is called during a capture is recorded, and a replay does it again on the same tensors.
+
+As on a GPU, numbers that Python hands to a launch stay what they were, what a capture made holds nothing before the first
+replay, and whatever would wait for the device raises. Kernels run in Triton's interpreter; during a capture they are recorded only.
+"""
+
+import time
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from triton.runtime.interpreter import GridExecutor
+
+aten = torch.ops.aten
+WAITS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default, aten.masked_select.default}
+capturing: list = []  # the graph that is being captured
+current_device: list = [0]  # the last one is current
+current_stream: list = []  # likewise; if empty, each device's default stream
+synchronized: list = []  # the devices that somebody has waited for
+launch = GridExecutor.__call__
+
+
+def tensors(tree) -> list:
+    return [x for x in tree_leaves(tree) if torch.is_tensor(x)]
+
+
+def storages(tree) -> set:
+    return {x.untyped_storage().data_ptr() for x in tensors(tree)}
+
+
+class Graph:
+    """torch.cuda.CUDAGraph. launches: the kernels, operations: what torch has done, of which made is what it allocated."""
+
+    def __init__(self):
+        self.calls, self.launches, self.operations, self.made, self.generators = [], [], [], [], []
+        self.device = current_device[-1]
+
+    def register_generator_state(self, generator):
+        self.generators.append(generator)
+
+    @torch.no_grad()
+    def replay(self):
+        for call in self.calls:
+            call()
+
+
+def repeat(func, args, kwargs, before):
+    for old, new in zip(tensors(before), tensors(func(*args, **kwargs))):
+        if old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
+            old.copy_(new)
+
+
+class Recorder(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in WAITS:
+            raise RuntimeError(f"{func} waits for the device, which is not permitted when a stream is capturing")
+        graph, kwargs = capturing[-1], kwargs or {}
+        known = storages((args, kwargs))
+        out = func(*args, **kwargs)
+        graph.operations.append(str(func))
+        graph.made += [x for x in tensors(out) if x.untyped_storage().data_ptr() not in known]
+        graph.calls.append(partial(repeat, func, args, kwargs, out))
+        return out
+
+
+def record_launch(executor, *args, **kwargs):
+    if not capturing:
+        return launch(executor, *args, **kwargs)
+    capturing[-1].launches.append(executor.fn.__name__)
+    capturing[-1].calls.append(partial(launch, executor, *args, **kwargs))
+
+
+@contextmanager
+def capture(graph, stream=None):
+    """As torch.cuda.graph, which after an error inside raises another one and leaves its own stream the current one."""
+    assert stream is not None, "torch would capture on the device of the process's first capture"
+    assert stream.device == current_device[-1], "the capture is on another device than the current one"
+    capturing.append(graph)
+    current_stream.append(stream)
+    try:
+        with Recorder():
+            yield
+    except RuntimeError as e:
+        if "waits for the device" in str(e):
+            raise RuntimeError("operation failed due to a previous error during capture") from e
+        current_stream.pop()
+        raise
+    else:
+        current_stream.pop()
+    finally:
+        capturing.pop()
+    with torch.no_grad():
+        for x in graph.made:
+            if x.is_floating_point():
+                x.fill_(float("nan"))
+
+
+@contextmanager
+def on_device(device):
+    current_device.append(torch.device(device).index or 0)
+    try:
+        yield
+    finally:
+        current_device.pop()
+
+
+@contextmanager
+def on_stream(stream):
+    assert stream.device == current_device[-1], "a stream of another device than the current one"
+    yield
+
+
+def make_stream(device=None):
+    where = current_device[-1] if device is None else torch.device(device).index or 0
+    return SimpleNamespace(device=where, wait_stream=lambda other: None, synchronize=lambda: synchronized.append(where))
+
+
+def get_stream(device=None):
+    return current_stream[-1] if current_stream else make_stream(device)
+
+
+def set_stream(stream):
+    current_stream[:] = [stream]
+
+
+class Event:
+    def __init__(self, enable_timing=False):
+        pass
+
+    def record(self):
+        self.at = time.perf_counter()
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, end):
+        return (end.at - self.at) * 1e3
+
+
+def install(monkeypatch) -> None:
+    """From now on, until monkeypatch undoes it, there seems to be a GPU that can capture; tensors stay on the CPU."""
+    for state in (capturing, current_stream, synchronized):
+        state.clear()
+    for name, stub in {
+        "is_available": lambda: True, "is_current_stream_capturing": lambda: False, "synchronize": lambda *_: None,
+        "CUDAGraph": Graph, "graph": capture, "device": on_device, "Stream": make_stream, "current_stream": get_stream,
+        "stream": on_stream, "set_stream": set_stream, "Event": Event,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stub)
+    for name in ("zeros", "empty_like"):  # memory of the host is never pinned without a GPU
+        monkeypatch.setattr(torch, name, lambda *args, pin_memory=False, real=getattr(torch, name), **kwargs: real(*args, **kwargs))
+    monkeypatch.setattr(GridExecutor, "__call__", record_launch)
