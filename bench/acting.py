@@ -5,20 +5,22 @@
 
 On a GPU: dql.py's act, plain and compiled, their tensor part in a CUDA graph, the fused actor launched directly and in a graph,
 and, for one state, what a control loop waits for: numpy observation in, numpy action out. On a CPU: the straightforward agent,
-dql.py, and dql.py compiled. Before timing, candidates and values are checked against float64 as in bench/sampling.py, and the choice against them.
-Written to bench/results/acting_DEVICE.json, a line per figure appended to bench/results/acting.csv.
+dql.py, and dql.py compiled. Before timing, candidates and values are checked against float64
+as in bench/sampling.py, and the choice against them; what is wrong is left out and named. Written to
+bench/results/acting_DEVICE.json, a line per figure appended to bench/results/acting.csv.
 """
 
 import copy
 import gc
 import sys
-import time
+from functools import lru_cache
 
 import torch
 
+from bench.rounding import allowed
 from bench.sampling import ACTION_DIM, STATE_DIM, arithmetic, flops_per_action, luck, make_noise
 from bench.straightforward import StraightforwardDQL
-from bench.timing import ceiling, has_compiler, measure, parse_options, peaks, save_figures
+from bench.timing import Figures, ceiling, has_compiler, parse_options, peaks
 from dql import DiffusionQL
 
 CANDIDATES = 50
@@ -37,7 +39,7 @@ def error(actual, exact) -> float:
 
 
 def check_fused(agent, actor, state) -> float:
-    """The values' relative error. Raises SystemExit where it, or the candidates', is over twice the eager one at that precision."""
+    """The values' relative error. Raises SystemExit where it, or the candidates', is over what rounding.allowed() grants."""
     rows, policy, critic = CANDIDATES * len(state), agent.policy, agent.critic_target
     _, x_T, noises = make_noise(policy, rows, state.device)
     gumbel = -torch.empty(len(state), CANDIDATES, device=state.device).exponential_().log()
@@ -52,8 +54,9 @@ def check_fused(agent, actor, state) -> float:
     found = error(own, exact), error(values, exact_q)
     best = (values.view(len(state), -1) + gumbel).argmax(1)
     chosen = own.view(len(state), CANDIDATES, -1)[torch.arange(len(state), device=state.device), best]
-    allowed = max(2 * eager, luck(rows)), max(2 * eager_q, luck(rows))
-    if not (found[0] <= allowed[0] and found[1] <= allowed[1] and torch.equal(action, chosen)):
+    times = allowed(actor.policy.precision, state.is_cuda)
+    most = max(times * eager, luck(rows)), max(times * eager_q, luck(rows))
+    if not (found[0] <= most[0] and found[1] <= most[1] and torch.equal(action, chosen)):
         raise SystemExit(f"fused {actor.policy.precision}, {len(state)} states: errors {found}, eager ones {eager, eager_q}")
     return found[1]
 
@@ -65,20 +68,23 @@ def agent_at(device, compiled: bool) -> DiffusionQL:
     return agent
 
 
-def cpu_calls(agent, state, compiled: bool) -> tuple[dict, dict]:
+def cpu_calls(agent, state, compiled: bool) -> dict:
+    """Name -> () -> (what to time, None)."""
     plain = StraightforwardDQL(agent)
     torch.manual_seed(2)  # the straightforward agent draws from torch's own generator, in dql.py's order
     expected = plain.act(state, CANDIDATES)
-    calls = {"straightforward": lambda: plain.act(state, CANDIDATES)}
-    for name, other in ({"dql": agent} | ({"dql compiled": agent_at("cpu", True)} if compiled else {})).items():
+
+    def checked(other):
         actions = other.act(state, CANDIDATES, generator=torch.Generator().manual_seed(2))
         torch.testing.assert_close(actions, expected, rtol=0, atol=2e-5)
-        calls[name] = lambda other=other: other.act(state, CANDIDATES)
-    return calls, {}
+        return lambda: other.act(state, CANDIDATES), None
+
+    calls = {"straightforward": lambda: (lambda: plain.act(state, CANDIDATES), None), "dql": lambda: checked(agent)}
+    return calls | ({"dql compiled": lambda: checked(agent_at("cpu", True))} if compiled else {})
 
 
-def gpu_calls(agent, state, compiled: bool) -> tuple[dict, dict]:
-    """-> (name -> call, name -> error of the fused ones' values)"""
+def gpu_calls(agent, state, compiled: bool) -> dict:
+    """Name -> () -> (what to time, the values' relative error where it is fused)."""
     from kernels import FusedActor
     from kernels.graphs import Captured, NumpyActor
     from kernels.packing import PRECISIONS
@@ -95,52 +101,71 @@ def gpu_calls(agent, state, compiled: bool) -> tuple[dict, dict]:
 
         return Captured(act, state).replay
 
-    calls = {"eager": lambda: agent.act(state, CANDIDATES), "eager, graph": in_graph(agent)}
-    if compiled:
-        other = agent_at(state.device, True)
-        calls |= {"compile": lambda: other.act(state, CANDIDATES), "compile, graph": in_graph(other)}
-    errors = {}
-    for precision in PRECISIONS:
+    def fused(precision, graph):
         actor = FusedActor(agent.policy, agent.critic_target, CANDIDATES, precision)
-        errors[f"fused {precision}"] = check_fused(agent, actor, state)
-        calls[f"fused {precision}"] = lambda actor=actor: actor(state)
+        found = check_fused(agent, actor, state)
+        return Captured(actor, state).replay if graph else lambda: actor(state), found
+
+    def on_host():
+        act = NumpyActor(FusedActor(agent.policy, agent.critic_target, CANDIDATES), STATE_DIM, device=state.device)
+        return lambda: act(observation), None
+
+    @lru_cache
+    def quick():
+        return agent_at(state.device, True)
+
+    calls = {"eager": lambda: (lambda: agent.act(state, CANDIDATES), None), "eager, graph": lambda: (in_graph(agent), None)}
+    if compiled:
+        calls["compile"] = lambda: (lambda: quick().act(state, CANDIDATES), None)
+        calls["compile, graph"] = lambda: (in_graph(quick()), None)
+    for precision in PRECISIONS:
+        calls[f"fused {precision}"] = lambda p=precision: fused(p, False)
         if precision == "fp16":
-            errors["fused fp16, graph"] = errors["fused fp16"]
-            calls["fused fp16, graph"] = Captured(actor, state).replay
+            calls["fused fp16, graph"] = lambda: fused("fp16", True)
     if len(state) == 1:
         observation = state[0].cpu().numpy()
-        on_host = NumpyActor(FusedActor(agent.policy, agent.critic_target, CANDIDATES), STATE_DIM)
-        calls["eager, numpy to numpy"] = lambda: agent.act(observation, CANDIDATES)
-        calls["fused fp16, graph, numpy to numpy"] = lambda: on_host(observation)
-    return calls, errors
+        calls["eager, numpy to numpy"] = lambda: (lambda: agent.act(observation, CANDIDATES), None)
+        calls["fused fp16, graph, numpy to numpy"] = on_host
+    return calls
 
 
-def main(argv: list[str] | None = None) -> None:
+def tried(make):
+    """What make() gives, called once: what it compiles is done or has failed."""
+    call, error = make()
+    call()
+    return call, error
+
+
+def main(argv: list[str] | None = None) -> int:
     options = parse_options(__doc__, "one state and 100 states, under a minute", argv)
     device = options.device
     on_gpu = device.type == "cuda"
     seconds = (0.5 if options.quick else 1.0) if on_gpu else (2.0 if options.quick else 10.0)
     sizes = (1, 100) if options.quick or not on_gpu else (1, 8, 64, 100, 1024, 4096)
-    found_peaks, figures, start = peaks(device), [], time.perf_counter()
+    figures = Figures("acting", COLUMNS, options.out, quick=options.quick, threads=options.threads, candidates=CANDIDATES)
+    found_peaks = peaks(device)
     print("ceilings:", found_peaks, flush=True)
     for n in sizes:
         agent = agent_at(device, False)
         state = make_noise(agent.policy, n, device)[0]
         compiled = has_compiler() if not on_gpu else n in (1, 100) and not options.quick
-        calls, errors = (gpu_calls if on_gpu else cpu_calls)(agent, state, compiled)
-        for name, t in measure(calls, seconds, device).items():
+        calls = {}
+        makers = figures.attempt(f"{n} states", lambda: (gpu_calls if on_gpu else cpu_calls)(agent, state, compiled)) or {}
+        for name, make in makers.items():
+            if made := figures.attempt(f"{n} states, {name}", lambda: tried(make)):
+                calls[name] = made
+        times = figures.time(f"{n} states", {name: call for name, (call, _) in calls.items()}, seconds, device)
+        for name, t in times.items():
             precision = name.split(",")[0].removeprefix("fused ") if name.startswith("fused") else "fp32"
             tflops, most = flops_per_decision(agent) * n / t["p50"] / 1e9, ceiling(found_peaks, precision)
             figure = {"states": n, "contestant": name, "precision": precision, **t, "decisions_per_s": round(n / t["p50"] * 1e3)}
-            figure |= {"tflops": round(tflops, 4), "share": most and round(tflops / most, 4), "error": errors.get(name)}
-            figures.append(figure)
+            figure |= {"tflops": round(tflops, 4), "share": most and round(tflops / most, 4), "error": calls[name][1]}
+            figures.add([figure], peaks=found_peaks)
             share = f"{figure['share']:7.1%}" if most else ""
             rate = f"{figure['decisions_per_s']:11,} decisions/s {t['ratio']:8.2f}x {tflops:8.2f} TFLOP/s {share}"
             print(f"{n:6d} states  {name:34s}{t['p50']:10.4f} ms {rate}", flush=True)
         gc.collect()  # graphs hold their memory until they are gone
-    more = {"peaks": found_peaks, "quick": options.quick, "threads": options.threads, "candidates": CANDIDATES}
-    path = save_figures("acting", figures, COLUMNS, options.out, **more)
-    print(f"{len(figures)} figures in {path}, {time.perf_counter() - start:.0f} s")
+    return figures.finish()
 
 
 if __name__ == "__main__":

@@ -1,82 +1,116 @@
-"""Everything that a new device should be asked, in one command: correctness first, then all timings, the pictures, a whole run.
+"""Everything that a new GPU should be asked, in one command: what matters most first, and nothing waits for anything to be right.
 
-    python -m bench.all                      # on a GPU; laid out for fourteen minutes with 16 cores, but it has not been run yet
-    python -m bench.all --quick              # fewer sizes, and not the whole run
-    python -m bench.all --parts tests        # or timings, or run: where a command may not take that long
+    python -m bench.all                     # half an hour with 16 cores, by estimate; not run on a GPU yet
+    python -m bench.all --minutes 10        # what fits into ten minutes
+    python -m bench.all --parts tests run   # some of it
 
-On a GPU the kernels' tests run first, on the hardware, those marked gpu included; where one fails nothing is timed. The run is
-the paper's whole antmaze-umaze run on generated data. Figures go to bench/results (--out), as each benchmark says.
+Parts, in this order: first (bench.first: the kernels against float64, and a few timings), tests (the kernels' tests on this GPU),
+training, acting, sampling, run (the paper's whole antmaze-umaze run on generated data), bandit (drawn by the fused sampler) and
+pictures. Without a GPU there are training, acting, sampling and pictures. Each is a process of its own that prints as it goes and writes what it knows; one that fails or overruns is named in the
+end, where the exit status says so, and the next one begins. Figures go to bench/results (--out), as each part says.
 """
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from bench import acting, bandit, plot, sampling, training
 from bench.timing import RESULTS
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNEL_TESTS = [str(ROOT / "tests" / f"test_{name}.py") for name in ("sampler", "actor", "graphs", "update")]
-PYTEST = [sys.executable, "-m", "pytest", "-q"]
+TESTS = [f"tests/test_{name}.py" for name in ("ops", "packing", "sampler", "actor", "update", "graphs", "rounding")]
+OVERRUN = 2  # times its estimate, after which a part is ended: one that hangs leaves time to the others
 
 
-def kernel_tests() -> list[str]:
-    """The names of the kernels' tests, as pytest takes them."""
-    collected = subprocess.run([*PYTEST, "--collect-only", *KERNEL_TESTS], cwd=ROOT, capture_output=True, text=True)
-    if collected.returncode:
-        raise SystemExit(f"the kernels' tests cannot be collected:\n{collected.stdout}{collected.stderr}")
-    return [line for line in collected.stdout.splitlines() if "::" in line]
+class Part(NamedTuple):
+    command: list  # after python -m
+    seconds: int  # estimated of compilers' CPU time and 16 cores; measured on no GPU yet
+    quick_seconds: int = 0  # with --quick, where there is that
+    asks_gpu: bool = False  # and nothing else
 
 
-def test_kernels(n_processes: int = os.cpu_count()) -> None:
-    """The kernels' tests on this GPU. Raises SystemExit if one fails.
+def parts(out: Path) -> dict:
+    """Name -> Part, the most valuable first."""
+    to = ["--out", str(out)]
+    pytest = ["pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider", *TESTS]
+    pytest += ["-n", str(os.cpu_count())] if find_spec("xdist") else []
+    pytest += ["--timeout", "120"] if find_spec("pytest_timeout") else []
+    return {
+        "first": Part(["bench.first", *to], 240, asks_gpu=True),
+        "tests": Part(pytest, 200, asks_gpu=True),
+        "training": Part(["bench.training", *to], 300, 100),
+        "acting": Part(["bench.acting", *to], 180, 60),
+        "sampling": Part(["bench.sampling", *to], 330, 100),
+        "run": Part(["bench.training", "--full-run", *to], 330, asks_gpu=True),
+        "bandit": Part(["bench.bandit", "--quick", "--fused", *to], 120, asks_gpu=True),
+        "pictures": Part(["bench.plot", "--results", str(out)], 15),
+    }
 
-    Most of their time is a compiler's, on one core: they are dealt out to as many processes as there are cores.
-    """
-    names = kernel_tests()
-    hands = [names[i::n_processes] for i in range(min(n_processes, len(names)))]
-    processes = [subprocess.Popen([*PYTEST, "-rs", *hand], cwd=ROOT, stdout=subprocess.PIPE, text=True) for hand in hands]
-    outputs = [process.communicate()[0] for process in processes]
-    broken = [output for process, output in zip(processes, outputs) if process.returncode]
-    if broken:
-        print("\n".join(broken))
-        raise SystemExit(f"a kernel is wrong on this GPU, see above ({len(broken)} of {len(hands)} processes): nothing was timed")
-    print(f"{len(names)} tests passed or had a reason to be skipped")
+
+def fitted(part: Part, left: float, quick: bool) -> tuple[list, float] | None:
+    """(command, estimate) of the part or of its quick form, whichever fits into the seconds that are left; None if neither does."""
+    if part.seconds <= left and not (quick and part.quick_seconds):
+        return part.command, part.seconds
+    if part.quick_seconds and part.quick_seconds <= left:
+        return [*part.command, "--quick"], part.quick_seconds
+    return None
 
 
-def main(argv: list[str] | None = None) -> None:
+def run(command: list, limit: float) -> str:
+    """python -m command, which prints as it goes. -> why it failed, or nothing"""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    # A session of its own, so that it can be ended with all the processes that it has started.
+    process = subprocess.Popen([sys.executable, "-m", *command], cwd=ROOT, env=environment, start_new_session=True)
+    try:
+        status = process.wait(limit)
+    except subprocess.TimeoutExpired:
+        return f"ended after {limit:.0f} s"
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return f"exit status {status}, see above" if status else ""
+
+
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer sizes, and not the whole run")
-    parser.add_argument("--parts", nargs="+", choices=("tests", "timings", "run"), default=["tests", "timings", "run"])
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="how long it may take; default: as long as it does")
+    parser.add_argument("--quick", action="store_true", help="each part's quick form, where it has one")
+    parser.add_argument("--parts", nargs="+", choices=list(parts(RESULTS)), help="default: all")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args(argv)
-    start, on_gpu = time.perf_counter(), torch.cuda.is_available()
+    start, outcome, on_gpu = time.monotonic(), {}, torch.cuda.is_available()
 
     def say(what):
-        print(f"== {time.perf_counter() - start:4.0f} s: {what}", flush=True)
+        print(f"== {time.monotonic() - start:4.0f} s: {what}", flush=True)
 
-    if on_gpu and "tests" in options.parts:
-        say("the kernels' tests, on this GPU")
-        test_kernels()
-    if "timings" in options.parts:
-        arguments = [*(["--quick"] if options.quick else []), "--out", str(options.out)]
-        for bench in (training, sampling, acting):
-            say(bench.__name__)
-            bench.main(arguments)
-        say("the pictures")
-        plot.main(["--results", str(options.out)])
-    if on_gpu and "timings" in options.parts:
-        say("the bandit's policies, trained on the CPU, drawn by the fused sampler and by the eager one")
-        bandit.main(["--quick", "--fused", "--out", str(options.out)])
-    if on_gpu and "run" in options.parts and not options.quick:
-        say("the paper's whole antmaze-umaze run, after its data are generated")
-        training.main(["--full-run", "--out", str(options.out)])
-    say("done")
+    for name, part in parts(options.out.absolute()).items():
+        if options.parts and name not in options.parts:
+            continue
+        if part.asks_gpu and not on_gpu:
+            say(f"{name} is left out: no CUDA GPU was found")
+            continue
+        left = 60 * options.minutes - (time.monotonic() - start)
+        fits = fitted(part, left, options.quick)
+        if fits is None:
+            say(f"{name} is left out: it takes about {part.quick_seconds or part.seconds} s, and {left:.0f} s are left")
+            continue
+        command, seconds = fits
+        say(f"{name}: python -m {' '.join(command)}")
+        outcome[name] = run(command, min(left, OVERRUN * seconds))
+    failed = {name: why for name, why in outcome.items() if why}
+    say(f"{len(outcome)} parts, {len(failed)} of them failed")
+    for name, why in failed.items():
+        print(f"FAILED: {name}: {why}")
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Diffusion-QL as one transcribes the paper, nothing hoisted and nothing shared: the yardstick of bench/.
+"""Diffusion-QL as one transcribes the paper, nothing hoisted and nothing shared: the baseline of bench/.
 
 Every step of the chain embeds its timestep, concatenates its inputs, gathers its coefficients per row and draws its
 noise; the actor's loss runs backward into both critics; Adam, clipping and the averages go parameter by parameter.

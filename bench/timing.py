@@ -111,17 +111,51 @@ def device_slug(where: dict) -> str:
     return (models or ["gpu"])[0].lower() if where["gpu"] else "cpu"
 
 
-def save_figures(name: str, figures: list[dict], columns: list[str], out: Path = RESULTS, **more) -> Path:
-    """Write out/{name}_{device}.json, with everything, and append a line per figure to out/{name}.csv. -> the JSON's path"""
-    where = describe()
-    origin = {"date": where["date"], "commit": where["commit"], "device": device_name(where), "torch": where["torch"]}
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{name}_{device_slug(where)}.json"
-    save_json(path, {**where, **more, "figures": figures})
-    table, new = out / f"{name}.csv", not (out / f"{name}.csv").exists()
-    with table.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [*ORIGIN, *columns])
-        if new:
-            writer.writeheader()
-        writer.writerows(origin | {key: figure.get(key) for key in columns} for figure in figures)
-    return path
+class Figures:
+    """A benchmark's figures, on disk as soon as they are known: this run's in out/{name}_{device}.json, a line each in out/{name}.csv.
+
+    What fails is left out, and named at once and in the end: one contestant's failure costs no other its figure. more: what the
+    JSON says beside the figures. Its "finished" tells a whole run from one that was ended early.
+    """
+
+    def __init__(self, name: str, columns: list[str], out: Path = RESULTS, **more):
+        self.where, self.columns, self.more, self.figures, self.failures = describe(), columns, more, [], []
+        self.path, self.table = out / f"{name}_{device_slug(self.where)}.json", out / f"{name}.csv"
+
+    def attempt(self, what: str, make: Callable):
+        """make(), or None where it fails."""
+        try:
+            return make()
+        except (Exception, SystemExit) as e:
+            why = str(e).partition("\n")[0] or type(e).__name__
+            self.failures.append({"what": what, "why": why})
+            print(f"FAILED: {what}: {why}", flush=True)
+
+    def time(self, what: str, calls: dict, seconds: float, device) -> dict:
+        """measure() of calls that have been tried; nothing where it fails."""
+        return (self.attempt(f"timing {what}", lambda: measure(calls, seconds, device)) or {}) if calls else {}
+
+    def add(self, figures: list[dict], **more) -> None:
+        origin = {key: self.where[key] for key in ("date", "commit", "torch")} | {"device": device_name(self.where)}
+        self.figures += figures
+        self.more |= more
+        self._save(finished=False)
+        new = not self.table.exists()
+        with self.table.open("a", newline="") as file:
+            writer = csv.DictWriter(file, [*ORIGIN, *self.columns])
+            if new:
+                writer.writeheader()
+            writer.writerows(origin | {key: figure.get(key) for key in self.columns} for figure in figures)
+
+    def finish(self) -> int:
+        """-> the exit status: whether anything failed."""
+        self._save(finished=True)
+        print(f"{len(self.figures)} figures in {self.path}")
+        for failure in self.failures:
+            print(f"FAILED: {failure['what']}: {failure['why']}")
+        return int(bool(self.failures))
+
+    def _save(self, finished: bool) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        found = {"finished": finished, "failures": self.failures, "figures": self.figures}
+        save_json(self.path, {**self.where, **self.more, **found})

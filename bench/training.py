@@ -7,9 +7,10 @@
 Rungs: straightforward (the paper's algorithm as one would write it down), eager (dql.py), compile (torch.compile'd losses),
 and on a GPU graph (an eager update in a CUDA graph), compile + graph, and kernels.FusedUpdate at each precision. Each rung draws
 its own minibatches from transitions on the device. Before anything is timed they are given the same weights, batch and noise and
-must agree; a graph replays what was checked. Then they take turns, so that a busy moment of the machine meets them all; quoted are the 20th, 50th and 80th
-percentiles of an update in ms, and the ratio of medians to the first. On a GPU the profiler counts launches, and says what
-share of the time each kernel takes. Every figure goes to bench/results/training_DEVICE.json, and a line each to training.csv.
+must agree, or are left out and named; a graph replays what was checked. Then they take turns, so that a busy moment of the
+machine meets them all; quoted are the 20th, 50th and 80th percentiles of an update in ms, and the ratio of medians to the first.
+On a GPU the profiler counts launches, and says what share of the time each kernel takes. Every figure goes to
+bench/results/training_DEVICE.json, and a line each to training.csv.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import torch
 
 from bench.machine import describe
 from bench.straightforward import StraightforwardDQL
-from bench.timing import QUANTILES, RESULTS, ceiling, device_slug, has_compiler, measure, peaks, save_figures
+from bench.timing import QUANTILES, RESULTS, Figures, ceiling, device_name, device_slug, has_compiler, peaks
 from dql import Batch, DiffusionQL, Transitions, Updates, recipe_config, train
 from run_folder import save_json
 
@@ -50,21 +51,30 @@ def make_agents(n: int, max_q_backup: bool, device="cpu") -> list:
     return [DiffusionQL(STATE_DIM, ACTION_DIM, max_q_backup=max_q_backup, **SETTINGS, seed=i, device=device) for i in range(n)]
 
 
+def make_compiled(n: int, max_q_backup: bool, device) -> list:
+    agents = make_agents(n, max_q_backup, device)
+    for agent in agents:
+        agent.compile()
+    return agents
+
+
 def contestants(max_q_backup: bool, compiled: bool, device="cpu") -> dict:
-    """Name -> agent, or for a fused rung the FusedUpdate of one; all on the same weights."""
+    """Name -> () -> agent, or for a fused rung the FusedUpdate of one; all on the same weights."""
 
     def agent():
         return make_agents(1, max_q_backup, device)[0]
 
-    agents = {BASELINE: StraightforwardDQL(agent()), "eager": agent()}
-    if compiled:
-        agents["compile"] = agent()
-        agents["compile"].compile()
-    if torch.device(device).type == "cuda":
-        import kernels
+    def fused(precision):
+        from kernels import FusedUpdate
 
-        agents |= {f"fused {p}": kernels.FusedUpdate(agent(), None, BATCH, p) for p in precisions(1, max_q_backup)}
-    return agents
+        return FusedUpdate(agent(), None, BATCH, precision)
+
+    found = {BASELINE: lambda: StraightforwardDQL(agent()), "eager": agent}
+    if compiled:
+        found["compile"] = lambda: make_compiled(1, max_q_backup, device)[0]
+    if torch.device(device).type == "cuda":
+        found |= {f"fused {p}": lambda p=p: fused(p) for p in precisions(1, max_q_backup)}
+    return found
 
 
 def precisions(n_seeds: int, max_q_backup: bool) -> tuple:
@@ -107,7 +117,7 @@ def rounds(name: str) -> bool:
 
 
 class Straightforward:
-    """The yardstick with the interface of dql.Updates."""
+    """The baseline with the interface of dql.Updates."""
 
     def __init__(self, agent, transitions):
         self.agent, self.transitions, self.generator = StraightforwardDQL(agent), transitions, agent.generator
@@ -118,32 +128,28 @@ class Straightforward:
 
 
 def rungs(n_seeds: int, max_q_backup: bool, compiled: bool, transitions, device) -> dict:
-    """Name -> an object whose run(n) makes n updates of n_seeds agents. Only the fused update does more than one at a time."""
-    on_gpu, found = device.type == "cuda", {}
+    """Name -> () -> an object whose run(n) makes n updates of n_seeds agents; the fused one makes them side by side."""
 
     def agents():
         return make_agents(n_seeds, max_q_backup, device)
 
-    def compiled_agents():
-        made = agents()
-        for agent in made:
-            agent.compile()
-        return made
+    def fused(precision):
+        from kernels import FusedUpdate
 
+        return FusedUpdate(agents(), transitions, BATCH, precision)
+
+    on_gpu, found = device.type == "cuda", {}
     if n_seeds == 1:
-        found[BASELINE] = Straightforward(agents()[0], transitions)
-        found["eager"] = Updates(agents(), transitions, BATCH)
+        found[BASELINE] = lambda: Straightforward(agents()[0], transitions)
+        found["eager"] = lambda: Updates(agents(), transitions, BATCH)
         if on_gpu:
-            found["graph"] = Updates(agents(), transitions, BATCH, graph=True)
+            found["graph"] = lambda: Updates(agents(), transitions, BATCH, graph=True)
         if compiled:
-            found["compile"] = Updates(compiled_agents(), transitions, BATCH)
+            found["compile"] = lambda: Updates(make_compiled(1, max_q_backup, device), transitions, BATCH)
             if on_gpu:
-                found["compile, graph"] = Updates(compiled_agents(), transitions, BATCH, graph=True)
+                found["compile, graph"] = lambda: Updates(make_compiled(1, max_q_backup, device), transitions, BATCH, graph=True)
     if on_gpu:
-        import kernels
-
-        fused = {p: kernels.FusedUpdate(agents(), transitions, BATCH, p) for p in precisions(n_seeds, max_q_backup)}
-        found |= {f"fused {p}": update for p, update in fused.items()}
+        found |= {f"fused {p}": lambda p=p: fused(p) for p in precisions(n_seeds, max_q_backup)}
     return found
 
 
@@ -174,6 +180,22 @@ def profile(run, n: int) -> dict:
     return {"launches": round(count / n, 2), "kernels": {name: round(t / total, 4) for name, t in spent.most_common(12)}}
 
 
+def right_contestants(figures: Figures, workload: str, makers: dict, device) -> list:
+    """The names of those whose updates agree with the baseline's."""
+
+    def check(name):
+        check_updates({n: makers[n]() for n in dict.fromkeys((BASELINE, "eager", name))}, device=device)
+        return name
+
+    return [name for name in makers if figures.attempt(f"{workload}, {name} against {BASELINE}", lambda: check(name))]
+
+
+def tried(rung, n: int):
+    """The rung, after n updates: what it compiles or captures is done or has failed."""
+    rung.run(n)
+    return rung
+
+
 def full_run(options) -> None:
     """The paper's run on generated data, by the command line's own function. Into bench/results/full_run_DEVICE.json."""
     config = recipe_config("antmaze-umaze-v0")
@@ -195,7 +217,7 @@ def full_run(options) -> None:
     print({k: found[k] for k in ("wall_s", "updating_s", "evaluating_s")}, f"last score {evaluations[-1]['score']:.1f}")
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int | None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="under a minute: fewer rungs, one thread, 2 s per workload")
     parser.add_argument("--compile", action="store_true", help="on a CPU also the compiled rung, after a minute of compiling")
@@ -210,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
         return full_run(options)
     device, on_gpu = options.device, options.device.type == "cuda"
     compiled = (on_gpu or options.compile) and has_compiler() and not (on_gpu and options.quick)
-    if options.compile and not compiled:
+    if options.compile and not has_compiler():
         print("no C++ compiler found (install g++ or set CXX): the compiled rungs are left out")
     threads = [torch.get_num_threads()] if on_gpu else options.threads
     threads = threads or ([1] if options.quick else sorted({1, torch.get_num_threads()}))
@@ -218,22 +240,26 @@ def main(argv: list[str] | None = None) -> None:
     seeds = (1, 8) if on_gpu and options.quick else (1, 2, 4, 8, 16) if on_gpu else (1,)
     transitions = random_transitions(1_000_000 if on_gpu else 10_000, device)
 
-    where, figures = describe(), []
-    print(f"{where['gpu'] or where['cpu']}, torch {where['torch']}; ms per update of all seeds, p50 (p20 to p80)")
+    figures = Figures("training", COLUMNS, options.out, quick=options.quick)
+    print(f"{device_name(figures.where)}, torch {torch.__version__}; ms per update of all seeds, p50 (p20 to p80)")
     found_peaks = peaks(device) if on_gpu else {}
     for n_threads in threads:
         torch.set_num_threads(n_threads)
         if compiled:
             torch.compiler.reset()  # compiled code is laid out for a number of threads
         for workload, max_q_backup in {"update": False, "update, max-Q": True}.items():
-            check_updates(contestants(max_q_backup, compiled, device), device=device)
+            right = right_contestants(figures, workload, contestants(max_q_backup, compiled, device), device)
             for n in seeds:
-                climbed = rungs(n, max_q_backup, compiled, transitions, device)
-                # Updates a call: a whole replay of the fused graph, and no more of a slow rung than the clock needs.
-                chunk = {name: 1 if not on_gpu else 100 if name.startswith("fused") else 5 for name in climbed}
+                climbed, chunk = {}, {}
+                for name, make in rungs(n, max_q_backup, compiled, transitions, device).items():
+                    if name.replace("compile, graph", "compile").replace("graph", "eager") in right:
+                        # Updates a call: a whole replay of the fused graph, and no more of a slow rung than the clock needs.
+                        chunk[name] = 1 if not on_gpu else 100 if name.startswith("fused") else 5
+                        climbed[name] = figures.attempt(f"{workload}, {n} seeds, {name}", lambda: tried(make(), chunk[name]))
+                climbed = {name: rung for name, rung in climbed.items() if rung is not None}
                 calls = {name: lambda rung=rung, k=chunk[name]: rung.run(k) for name, rung in climbed.items()}
-                times = measure(calls, seconds, device)
-                first = next(iter(times.values()))["p50"] / next(iter(chunk.values()))
+                times = figures.time(f"{workload}, {n} seeds", calls, seconds, device)
+                first = next(iter(times.values()))["p50"] / chunk[next(iter(times))] if times else 0.0
                 for contestant, t in times.items():
                     t = {k: v / chunk[contestant] if k in QUANTILES else v for k, v in t.items()}
                     t["ratio"] = round(first / t["p50"], 3)
@@ -244,8 +270,9 @@ def main(argv: list[str] | None = None) -> None:
                         most = ceiling(found_peaks, contestant.removeprefix("fused ") if "fused" in contestant else "fp32")
                         figure["share"] = round(rate * flops_per_update(max_q_backup) / 1e12 / most, 4) if most else None
                         if n in (1, 8):
-                            figure |= profile(climbed[contestant].run, chunk[contestant])
-                    figures.append(figure)
+                            profiled = lambda: profile(climbed[contestant].run, chunk[contestant])  # noqa: E731
+                            figure |= figures.attempt(f"profile of {contestant}, {n} seeds", profiled) or {}
+                    figures.add([figure], peaks=found_peaks)
                     spread = f"{t['p50']:9.3f} ({t['p20']:.3f} to {t['p80']:.3f})"
                     launches = f"{figure['launches']:8.1f} launches" if "launches" in figure else ""
                     print(
@@ -253,7 +280,7 @@ def main(argv: list[str] | None = None) -> None:
                         f"{rate:10.1f}/s{launches}",
                         flush=True,
                     )
-    save_figures("training", figures, COLUMNS, options.out, quick=options.quick, peaks=found_peaks)
+    return figures.finish()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The yardstick is the same algorithm as dql.py, to rounding; the benchmark runs and writes its figures."""
+"""The baseline is the same algorithm as dql.py, to rounding; the benchmark runs and writes its figures."""
 
 import csv
 import json
@@ -7,18 +7,22 @@ import pytest
 import torch
 from conftest import ROOT
 
-from bench import acting, evaluation, precision, sampling, timing, training
+from bench import acting, evaluation, first, precision, sampling, timing, training
 from bench.straightforward import StraightforwardDQL
 from dql import DiffusionQL
 
 
+def made(makers: dict) -> dict:
+    return {name: make() for name, make in makers.items()}
+
+
 @pytest.mark.parametrize("max_q_backup", [False, True])
 def test_three_updates_agree_with_dql(max_q_backup):
-    training.check_updates(training.contestants(max_q_backup, compiled=False))
+    training.check_updates(made(training.contestants(max_q_backup, compiled=False)))
 
 
 def test_an_update_that_differs_is_noticed():
-    agents = training.contestants(False, compiled=False)
+    agents = made(training.contestants(False, compiled=False))
     agents[training.BASELINE].tau = 0.1
     with pytest.raises(AssertionError):
         training.check_updates(agents)
@@ -27,20 +31,20 @@ def test_an_update_that_differs_is_noticed():
 def test_sampling_is_checked_before_it_is_timed():
     policy = sampling.make_policy(5, "cpu")
     inputs = sampling.make_noise(policy, 33, "cpu")
-    contestants = sampling.cpu_contestants(policy, inputs[0], compiled=False)
-    assert all(error < 1e-5 for error in sampling.check(policy, contestants, inputs).values())
+    contestants = made(sampling.cpu_contestants(policy, inputs[0], compiled=False))
+    assert all(sampling.check(policy, contestant, inputs) < 1e-5 for contestant in contestants.values())
     wrong = contestants["dql"]._replace(given=lambda s, x, z: policy.sample(s, x_T=x, noises=z) * 1.001)
-    with pytest.raises(SystemExit, match="dql at 33 rows: error"):
-        sampling.check(policy, {"dql": wrong}, inputs)
+    with pytest.raises(SystemExit, match="error 1.00e-03, the eager chain's"):
+        sampling.check(policy, wrong, inputs)
     unwritten = contestants["dql"]._replace(draw=lambda: torch.full((33, 8), torch.nan))
     with pytest.raises(SystemExit, match="not finite"):
-        sampling.check(policy, {"dql": unwritten}, inputs)
+        sampling.check(policy, unwritten, inputs)
 
 
 @pytest.mark.parametrize("n", [1, 5])
-def test_acting_agrees_with_the_yardstick(n):
+def test_acting_agrees_with_the_baseline(n):
     agent = acting.agent_at("cpu", False)
-    acting.cpu_calls(agent, sampling.make_noise(agent.policy, n, "cpu")[0], compiled=False)  # asserts that it does
+    made(acting.cpu_calls(agent, sampling.make_noise(agent.policy, n, "cpu")[0], compiled=False))  # asserts that it does
 
 
 def test_a_fused_actor_is_checked_before_it_is_timed():
@@ -75,22 +79,110 @@ def test_averages_agree_with_dql_where_the_schedule_is_not_trivial():
 
 @pytest.mark.parametrize("bench, file, n_figures", [(training, "training", 4), (sampling, "sampling", 4), (acting, "acting", 4)])
 def test_figures_are_written_whole_and_appended(tmp_path, monkeypatch, bench, file, n_figures):
-    monkeypatch.setattr(bench, "measure", lambda calls, *_: {
+    monkeypatch.setattr(timing, "measure", lambda calls, *_: {
         name: dict(p20=1.0 + i, p50=2.0 + i, p80=3.0 + i, rounds=7, ratio=2.0 / (2.0 + i)) for i, name in enumerate(calls)
     })  # fmt: skip
     for module in (sampling, acting):
         monkeypatch.setattr(module, "has_compiler", lambda: False)
         monkeypatch.setattr(module, "peaks", lambda device: {"fp32 TFLOP/s": 0.1})
     for _ in range(2):
-        bench.main(["--quick", "--threads", "1", "--out", str(tmp_path)])
+        assert bench.main(["--quick", "--threads", "1", "--out", str(tmp_path)]) == 0
     written = json.loads((tmp_path / f"{file}_cpu.json").read_text())
     assert {"cpu", "torch", "numpy", "python", "commit", "date", "figures"} <= written.keys()
+    assert written["finished"] and written["failures"] == []
     assert len(written["figures"]) == n_figures and {round(f["ratio"], 2) for f in written["figures"]} == {1.0, 0.67}
     with (tmp_path / f"{file}.csv").open() as table:
         rows = list(csv.DictReader(table))
     assert len(rows) == 2 * n_figures and set(rows[0]) == {*timing.ORIGIN, *bench.COLUMNS}
     assert all(row["p50"] and row["contestant"] and row["device"] for row in rows)
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"{file}.csv", f"{file}_cpu.json"]
+
+
+def test_what_fails_is_named_and_costs_no_other_its_figure(tmp_path, monkeypatch, capsys):
+    def broken(*_, **__):
+        raise RuntimeError("it does not compile\nand here is why at length")
+
+    whole = sampling.cpu_contestants
+    monkeypatch.setattr(sampling, "cpu_contestants", lambda *args, **how: {"broken": broken} | whole(*args, **how))
+    monkeypatch.setattr(sampling, "cases", lambda device, quick: [(5, 3, {"compiled": False})])
+    monkeypatch.setattr(sampling, "peaks", lambda device: {})
+    one = dict(p20=1.0, p50=1.0, p80=1.0, rounds=1, ratio=1.0)
+    monkeypatch.setattr(timing, "measure", lambda calls, *_: dict.fromkeys(calls, one))
+    assert sampling.main(["--threads", "1", "--out", str(tmp_path)]) == 1
+    written = json.loads((tmp_path / "sampling_cpu.json").read_text())
+    assert [f["contestant"] for f in written["figures"]] == ["straightforward", "dql"]
+    assert written["failures"] == [{"what": "T=5, 3 rows, broken", "why": "it does not compile"}]
+    assert capsys.readouterr().out.count("FAILED: T=5, 3 rows, broken: it does not compile") == 2  # at once, and in the end
+
+
+def test_figures_are_on_disk_as_soon_as_they_are_known(tmp_path):
+    figures = timing.Figures("some", ["name"], tmp_path, quick=True)
+    figures.add([{"name": "first"}], peaks={})
+    written = json.loads((tmp_path / "some_cpu.json").read_text())
+    assert (written["figures"], written["finished"], written["quick"]) == ([{"name": "first"}], False, True)
+    assert "first" in (tmp_path / "some.csv").read_text()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What only a GPU is asked: here on a CPU, with recorded graphs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(monkeypatch, cuda_graphs):
+    """Small agents on the CPU, wherever they are asked for, in Triton's interpreter."""
+    pytest.importorskip("triton", reason="triton has no package for this platform")
+    if torch.cuda.is_available():
+        pytest.skip("bench.first asks a GPU")
+    size = dict(hidden_dim=128, n_timesteps=2)
+    agents = lambda n, max_q, device: [DiffusionQL(29, 8, **size, **training.SETTINGS, seed=i) for i in range(n)]  # noqa: E731
+    monkeypatch.setattr(training, "make_agents", agents)
+    monkeypatch.setattr(training, "BATCH", 8)
+    for module in (first, acting):
+        monkeypatch.setattr(module, "agent_at", lambda *_: DiffusionQL(29, 8, **size))
+        monkeypatch.setattr(module, "CANDIDATES", 3)
+    for module in (first, sampling):
+        monkeypatch.setattr(module, "make_policy", lambda *_: DiffusionQL(29, 8, **size).policy.requires_grad_(False))
+
+
+def test_contestants_of_a_gpu_can_be_made_and_are_right(small):
+    policy = sampling.make_policy(5, "cpu")
+    inputs = sampling.make_noise(policy, 3, "cpu")
+    contestants = sampling.gpu_contestants(policy, inputs[0], compiled=False, autotuned=False, precisions=("fp16",))
+    assert list(contestants) == ["eager", "eager, graph", "fused fp16", "fused fp16, graph"]
+    assert all(sampling.check(policy, contestant, inputs) < 2e-3 for contestant in made(contestants).values())
+    calls = acting.gpu_calls(acting.agent_at(), inputs[0][:1].contiguous(), compiled=False)
+    for name in ("eager, graph", "fused fp16, graph", "fused fp16, graph, numpy to numpy"):
+        call, _ = acting.tried(calls[name])
+        assert call().shape in ((1, 8), (8,))
+    where, transitions = torch.device("cuda"), training.random_transitions(20, "cpu")
+    updates = training.contestants(False, False, where)
+    training.check_updates({name: updates[name]() for name in (training.BASELINE, "eager", "fused fp16")})
+    for name, make in training.rungs(1, False, False, transitions, where).items():
+        if not name.startswith("fused") or name == "fused fp16":
+            training.tried(make(), 1)
+
+
+def test_the_first_findings_on_a_gpu_are_found(small, monkeypatch, capsys):
+    monkeypatch.setattr(first, "REPEATS", 1)
+    monkeypatch.setattr("kernels.update.PER_REPLAY", 2)
+    first.sampler("fp16", "cpu", sizes=(3,))
+    first.actor("fp16", "cpu", sizes=(2,))
+    first.update("fp16", "cpu", n=2)
+    first.graph("eager", "cpu", n=2)
+    findings = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(findings) == 2 + 3 + 4 + 1 and all(finding["ok"] for finding in findings), findings
+
+
+def test_a_part_that_breaks_or_hangs_is_a_finding_and_the_others_go_on(monkeypatch):
+    """Here each breaks at once, for want of a GPU, or is ended before it can."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    findings = []
+    first.run_parts([("update", "fp16"), ("graph", "eager")], 60, findings.extend)
+    first.run_parts([("timings", "fp16")], 0.2, findings.extend)
+    whys = {finding["what"]: finding["why"] for finding in findings}
+    assert whys == {"update fp16": "it ended with 1", "graph eager": "it ended with 1", "timings fp16": "it ended with -9"}
 
 
 def test_a_full_run_records_how_long_it_took(tmp_path, monkeypatch, capsys):
@@ -121,23 +213,6 @@ def test_the_profiler_counts_no_more_launches_than_there_are():
     update = kernels.FusedUpdate(agents, training.random_transitions(10_000, device), training.BATCH)
     found = training.profile(update.run, 100)
     assert 9 <= found["launches"] <= 10 and sum(found["kernels"].values()) > 0.9
-
-
-@pytest.mark.parametrize("name, rounded", [("fp16", lambda x: x.half().float()), ("tf32", None)])
-def test_products_are_imitated_with_the_rounding_of_matrix_units(name, rounded):
-    x = torch.randn(100_000) * torch.exp(4 * torch.randn(100_000) - 4)
-    x = x[x.abs() < 6e4]
-    found = precision.ROUND[name](x)
-    if rounded:
-        assert torch.equal(found, rounded(x))
-    assert ((found - x).abs() <= x.abs() * 2.0**-11 + 2.0**-25).all() and (found.view(torch.int32) & 0x1FFF == 0).float().mean() > 0.3
-    x, weight, g = torch.randn(5, 7, requires_grad=True), torch.randn(3, 7, requires_grad=True), torch.randn(5, 3) * 1e-9
-    y = precision.RoundedLinear.apply(x, weight, name)
-    gradients = torch.autograd.grad(y, (x, weight), g)
-    r = precision.ROUND[name]
-    torch.testing.assert_close(y, r(x) @ r(weight).t())
-    for ours, exact in zip(gradients, (g @ r(weight), g.t() @ r(x))):
-        assert 0 < (ours - exact).norm() < 1e-3 * exact.norm()  # rounded, but nothing so small is lost
 
 
 def test_the_study_of_precision_trains_each_seed_at_each_and_writes_what_came_out(tmp_path, monkeypatch, capsys):
@@ -177,7 +252,7 @@ def test_results_are_named_after_the_device():
         assert timing.device_slug({"gpu": gpu, "cpu": "a CPU"}) == expected
 
 
-def test_the_yardstick_is_independent_of_dql():
+def test_the_baseline_is_independent_of_dql():
     source = (ROOT / "bench/straightforward.py").read_text()
     assert "import dql" not in source and "from dql" not in source
 

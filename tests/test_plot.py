@@ -1,12 +1,11 @@
-"""The picture of the benchmarks, and the command that makes them all."""
+"""The pictures of the benchmarks."""
 
 import json
 
 import pytest
 from matplotlib.image import imread
 
-from bench import acting, bandit, plot, sampling, training
-from bench import all as everything
+from bench import plot
 
 
 def write_figures(folder, device):
@@ -63,53 +62,3 @@ def test_a_contestant_and_its_graph_share_a_colour_and_others_do_not():
     colour = plot.colours(names)
     assert colour["eager"] == colour["eager, graph"] and colour["fused fp16"] == colour["fused fp16, graph"]
     assert len(set(colour.values())) == 4
-
-
-def test_all_measures_everything_and_draws_it(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(everything.torch.cuda, "is_available", lambda: False)
-    for module in (training, sampling, acting):
-        monkeypatch.setattr(module, "main", lambda argv, name=module.__name__: asked.append((name, argv)))
-    write_figures(tmp_path, "cpu")
-    everything.main(["--quick", "--out", str(tmp_path)])
-    assert asked == [(f"bench.{name}", ["--quick", "--out", str(tmp_path)]) for name in ("training", "sampling", "acting")]
-    assert (tmp_path / "sampling_cpu.png").exists()
-
-
-@pytest.mark.parametrize("wrong", [False, True])
-def test_nothing_is_timed_where_a_kernel_is_wrong(tmp_path, monkeypatch, wrong):
-    names, dealt, timed = [f"tests/test_x.py::test_{i}" for i in range(7)], [], []
-
-    class Tests:
-        def __init__(self, command, **_):
-            dealt.append([name for name in command if "::" in name])
-            self.returncode = int(wrong and names[3] in command)
-
-        def communicate(self):
-            return "1 failed" if self.returncode else "1 passed", None
-
-    monkeypatch.setattr(everything, "kernel_tests", lambda: names)
-    monkeypatch.setattr(everything.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(everything.subprocess, "Popen", Tests)
-    monkeypatch.setattr(plot, "main", lambda argv: None)
-    for module in (training, sampling, acting, bandit):
-        monkeypatch.setattr(module, "main", lambda argv, name=module.__name__: timed.append((name, argv)))
-    if wrong:
-        with pytest.raises(SystemExit, match="nothing was timed"):
-            everything.main(["--out", str(tmp_path)])
-        assert timed == []
-    else:
-        everything.main(["--out", str(tmp_path)])
-        order = ("training", "sampling", "acting", "bandit", "training")
-        assert [name for name, _ in timed] == [f"bench.{name}" for name in order]
-        assert "--fused" in timed[-2][1] and "--full-run" in timed[-1][1]
-        everything.main(["--parts", "run", "--out", str(tmp_path)])
-        assert len(timed) == 6
-    assert sorted(sum(dealt, [])) == names
-
-
-def test_all_of_the_kernels_tests_are_found():
-    names = everything.kernel_tests()
-    assert len(names) == len(set(names)) > 200
-    for file in everything.KERNEL_TESTS:
-        assert any(name.startswith(f"tests/{file.rpartition('/')[2]}::") for name in names)

@@ -1,0 +1,209 @@
+"""The first minutes on a GPU: are the kernels right there, and the few figures that matter most.
+
+    python -m bench.first                 # four minutes with 16 cores; not run on a GPU yet
+    python -m bench.first sampler fp16    # one of its parts, in this process: a line of JSON for each finding
+
+Each kernel at each precision is a process of its own, all at once, since most of their time is a compiler's: one that hangs or
+breaks its CUDA context takes nobody along. Results are compared with float64's as in bench.sampling, acting and training. In fp16
+each call is made again and again and must give the same bits: a result that moves is a race. Then, alone, a few timings.
+Everything is written to bench/results/first_DEVICE.json as it is known.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import torch
+
+from bench import training
+from bench.acting import CANDIDATES, agent_at, check_fused
+from bench.machine import describe
+from bench.sampling import Contestant, check, make_noise, make_policy
+from bench.timing import QUANTILES, RESULTS, device_slug, measure, peaks
+from dql import Updates
+from run_folder import save_json
+
+ROOT = Path(__file__).resolve().parents[1]
+REPEATS = 200
+PRECISIONS = ("fp16", "tf32", "fp16x3", "fp32")
+
+
+def say(what: str, ok: bool = True, **found) -> None:
+    print(json.dumps({"what": what, "ok": ok, **found}), flush=True)
+
+
+def judge(what: str, find) -> None:
+    """Say what error find() returns, or what it raises."""
+    try:
+        say(what, error=find())
+    except (Exception, SystemExit) as e:
+        say(what, ok=False, why=str(e).partition("\n")[0] or type(e).__name__)
+
+
+def repeat(what: str, call) -> None:
+    first = call().clone()
+    moved = sum(not torch.equal(first, call()) for _ in range(REPEATS))
+    say(f"{what}, {REPEATS} times", ok=moved == 0, moved=moved)
+
+
+def sampler(precision: str, device, sizes=(1, 50, 5000)) -> None:
+    from kernels import FusedSampler
+
+    for n in sizes:
+        policy = make_policy(5, device)
+        inputs, fused = make_noise(policy, n, device), FusedSampler(policy, precision)
+        contestant = Contestant(lambda: fused(inputs[0]), fused, precision)
+        judge(f"sampler {precision}, {n} rows", lambda: check(policy, contestant, inputs))
+        if precision == "fp16":
+            repeat(f"sampler {precision}, {n} rows", lambda: fused(*inputs))
+
+
+def actor(precision: str, device, sizes=(1, 9, 100)) -> None:
+    from kernels import FusedActor
+
+    for n in sizes:
+        agent = agent_at(device, False)
+        act = FusedActor(agent.policy, agent.critic_target, CANDIDATES, precision)
+        state = make_noise(agent.policy, n, device)[0]
+        judge(f"actor {precision}, {n} states", lambda: check_fused(agent, act, state))
+        if precision == "fp16":
+            repeat(f"actor {precision}, {n} states", lambda: act(state, seed=3))
+            say(f"actor {precision}, {n} states: its counters are back at 0", ok=not act.done.any().item())
+
+
+def trained(device, run) -> torch.Tensor:
+    """All weights of an agent after run(agent, transitions)."""
+    agent = training.make_agents(1, False, device)[0]
+    run(agent, training.random_transitions(10_000, device))
+    return training.parameters(agent)
+
+
+def update(precision: str, device, n: int = 200) -> None:
+    from kernels import FusedUpdate
+
+    makers = {name: training.contestants(False, False, device)[name] for name in (training.BASELINE, "eager")}
+    makers[f"fused {precision}"] = lambda: FusedUpdate(training.make_agents(1, False, device)[0], None, training.BATCH, precision)
+    judge(f"update {precision}", lambda: training.check_updates({name: make() for name, make in makers.items()}, device=device))
+
+    def in_pieces_of(k):
+        def run(agent, transitions):
+            fused = FusedUpdate(agent, transitions, training.BATCH, precision)
+            for _ in range(n // k):
+                fused.run(k)
+
+        return trained(device, run)
+
+    replayed = in_pieces_of(n)
+    say(f"update {precision}, {n} times: the weights are finite", ok=bool(replayed.isfinite().all()))
+    for what, k in (("once more", n), ("a launch at a time", 1)):
+        say(f"update {precision}, {n} times, {what}: the same bits", ok=torch.equal(replayed, in_pieces_of(k)))
+
+
+def graph(_, device, n: int = 200) -> None:
+    launched, captured = (
+        trained(device, lambda agent, transitions: Updates([agent], transitions, training.BATCH, graph=how).run(n))
+        for how in (False, True)
+    )
+    apart = float((launched - captured).abs().max())
+    say(f"eager updates, {n} times: captured as launched", ok=apart < 1e-3, apart=apart)  # cuBLAS may choose another product
+
+
+def timings(_, device) -> None:
+    from kernels import FusedActor, FusedSampler, FusedUpdate
+    from kernels.graphs import Captured, NumpyActor
+
+    def time_each(what, make, per=1):
+        """Say how long each of make()'s calls takes, or why not."""
+        try:
+            for name, t in measure(make(), 1.0, device).items():
+                say(f"{what}, {name}", **{key: round(1e3 * t[key] / per, 2) for key in QUANTILES}, unit="us")
+        except Exception as e:
+            say(what, ok=False, why=str(e).partition("\n")[0])
+
+    def updates(seeds):
+        fused = FusedUpdate(training.make_agents(seeds, False, device), transitions, training.BATCH)
+        fused.capture()
+        return {"graph": lambda: fused.run(100)}
+
+    def decisions(n):
+        act, state = FusedActor(agent.policy, agent.critic_target, CANDIDATES), make_noise(agent.policy, n, device)[0]
+        return {"graph": Captured(act, state).replay, "launch": lambda: act(state), "eager": lambda: agent.act(state)}
+
+    def control():
+        act = NumpyActor(FusedActor(agent.policy, agent.critic_target, CANDIDATES), training.STATE_DIM, device=device)
+        observation = make_noise(agent.policy, 1, device)[0][0].cpu().numpy()
+        return {"numpy to numpy": lambda: act(observation)}
+
+    def samples(n):
+        state = make_noise(policy, n, device)[0]
+        calls = {p: Captured(FusedSampler(policy, p), state).replay for p in ("fp16", "fp16x3")}
+        return calls | {"eager, graph": Captured(policy.sample, state).replay}
+
+    transitions, agent, policy = training.random_transitions(1_000_000, device), agent_at(device, False), make_policy(5, device)
+    for seeds in (1, 8):
+        time_each(f"update fp16, {seeds} seeds", lambda: updates(seeds), per=100)
+    for n in (1, 100):
+        time_each(f"best of {CANDIDATES}, {n} states", lambda: decisions(n))
+    time_each(f"best of {CANDIDATES}, 1 state", control)
+    for n in (1, 256, 4096, 4097, 1 << 16, 1 << 20):
+        time_each(f"sample {n} rows", lambda: samples(n))
+    say("ceilings", **peaks(device))
+
+
+PARTS = {"sampler": sampler, "actor": actor, "update": update, "graph": graph, "timings": timings}
+TOGETHER = [(part, precision) for part in ("sampler", "actor", "update") for precision in PRECISIONS] + [("graph", "eager")]
+
+
+def run_parts(parts: list, seconds: float, add) -> None:
+    """Each part in a process of its own, all at once, ended after seconds. add(findings) is called as each ends."""
+
+    def findings(part) -> list:
+        process = subprocess.Popen([sys.executable, "-m", "bench.first", *part], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        try:
+            output = process.communicate(timeout=seconds)[0]
+        except subprocess.TimeoutExpired:
+            process.kill()
+            output = process.communicate()[0]
+        found = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+        if process.returncode:
+            found.append({"what": " ".join(part), "ok": False, "why": f"it ended with {process.returncode}"})
+        return found
+
+    with ThreadPoolExecutor(len(parts)) as pool:
+        for done in as_completed([pool.submit(findings, part) for part in parts]):
+            add(done.result())
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", nargs="?", choices=PARTS, help="one part, in this process; default: all")
+    parser.add_argument("precision", nargs="?", default="fp16", help="of that part")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    options = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        raise SystemExit("no CUDA GPU was found, and this is what one is asked first")
+    if options.part:
+        return PARTS[options.part](options.precision, torch.device("cuda"))
+    where, findings, start = describe(), [], time.monotonic()
+    path = options.out / f"first_{device_slug(where)}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def add(found):
+        for finding in found:
+            print(f"{time.monotonic() - start:4.0f} s {'' if finding['ok'] else 'FAILED: '}{json.dumps(finding)}", flush=True)
+        findings.extend(found)
+        save_json(path, {**where, "findings": findings})
+
+    run_parts(TOGETHER, 150, add)
+    run_parts([("timings", "fp16")], 120, add)
+    failed = [finding for finding in findings if not finding["ok"]]
+    print(f"{len(findings)} findings in {path}, {len(failed)} of them failures")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
