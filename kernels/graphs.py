@@ -9,6 +9,7 @@ fused kernels does.
 """
 
 import gc
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -60,12 +61,12 @@ class Captured:
             self.graph.register_generator_state(generator)
         # A graph that the garbage collector destroys during a capture breaks it, and torch 2.9 no longer collects before one.
         gc.collect()
-        collects, before, failure = gc.isenabled(), torch.cuda.current_stream(), None
+        collects, before, pool, failure = gc.isenabled(), torch.cuda.current_stream(), torch.cuda.graph_pool_handle(), None
         gc.disable()
         packing.captured = []
         try:
             # A stream of this device: torch's own choice is of the one that was current at the process's first capture.
-            with torch.cuda.graph(self.graph, stream=torch.cuda.Stream()):
+            with torch.cuda.graph(self.graph, pool=pool, stream=torch.cuda.Stream()):
                 try:
                     self.output = self.function(*self.inputs)
                 except Exception as e:
@@ -73,8 +74,11 @@ class Captured:
                     raise
             self.packed = packing.captured
         except Exception as e:
-            torch.cuda.set_stream(before)  # torch stays on the captured one
-            raise failure or e  # torch says only that there was an earlier error
+            # torch stays on the captured stream, goes on taking memory for the graph, and says only that there was an earlier error.
+            torch.cuda.set_stream(before)
+            with suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+            raise failure or e
         finally:
             packing.captured = None
             if collects:

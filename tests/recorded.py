@@ -20,6 +20,7 @@ capturing: list = []  # the graph that is being captured
 current_device: list = [0]  # the last one is current
 current_stream: list = []  # likewise; if empty, each device's default stream
 synchronized: list = []  # the devices that somebody has waited for
+pools: list = []  # the memory pools of captures that have begun and not ended
 launch = GridExecutor.__call__
 
 
@@ -74,24 +75,27 @@ def record_launch(executor, *args, **kwargs):
 
 
 @contextmanager
-def capture(graph, stream=None):
-    """As torch.cuda.graph, which after an error inside raises another one and leaves its own stream the current one."""
+def capture(graph, pool=None, stream=None):
+    """As torch.cuda.graph, which after an error inside raises another one and leaves its stream and its pool in use."""
+    assert not pools, "an earlier capture that failed has not been cleaned up"
+    pools.append(pool)
     assert stream is not None, "torch would capture on the device of the process's first capture"
     assert stream.device == current_device[-1], "the capture is on another device than the current one"
     capturing.append(graph)
     current_stream.append(stream)
+    broken = False
     try:
         with Recorder():
             yield
     except RuntimeError as e:
-        if "waits for the device" in str(e):
+        broken = "waits for the device" in str(e)
+        if broken:
             raise RuntimeError("operation failed due to a previous error during capture") from e
-        current_stream.pop()
         raise
-    else:
-        current_stream.pop()
     finally:
         capturing.pop()
+        if not broken:
+            current_stream.pop(), pools.pop()
     with torch.no_grad():
         for x in graph.made:
             if x.is_floating_point():
@@ -142,12 +146,14 @@ class Event:
 
 def install(monkeypatch) -> None:
     """From now on, until monkeypatch undoes it, there seems to be a GPU that can capture; tensors stay on the CPU."""
-    for state in (capturing, current_stream, synchronized):
+    for state in (capturing, current_stream, synchronized, pools):
         state.clear()
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda device, pool: pools and pools.remove(pool), raising=False)
     for name, stub in {
         "is_available": lambda: True, "is_current_stream_capturing": lambda: False, "synchronize": lambda *_: None,
         "CUDAGraph": Graph, "graph": capture, "device": on_device, "Stream": make_stream, "current_stream": get_stream,
-        "stream": on_stream, "set_stream": set_stream, "Event": Event,
+        "stream": on_stream, "set_stream": set_stream, "Event": Event, "current_device": lambda: current_device[-1],
+        "graph_pool_handle": object,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, stub)
     for name in ("zeros", "empty_like"):  # memory of the host is never pinned without a GPU
