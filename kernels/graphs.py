@@ -76,7 +76,7 @@ class Captured:
         except Exception as e:
             # torch stays on the captured stream, goes on taking memory for the graph, and says only that there was an earlier error.
             torch.cuda.set_stream(before)
-            with suppress(RuntimeError):
+            with suppress(AttributeError, RuntimeError):
                 torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
             raise failure or e
         finally:

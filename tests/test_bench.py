@@ -47,8 +47,9 @@ def test_acting_agrees_with_the_baseline(n):
     made(acting.cpu_calls(agent, sampling.make_noise(agent.policy, n, "cpu")[0], compiled=False))  # asserts that it does
 
 
-def test_a_fused_actor_is_checked_before_it_is_timed():
+def test_a_fused_actor_is_checked_before_it_is_timed(monkeypatch):
     kernels = pytest.importorskip("kernels")
+    monkeypatch.setattr(acting, "CANDIDATES", 10)
     agent = DiffusionQL(29, 8, hidden_dim=128, n_timesteps=2, device="cuda" if torch.cuda.is_available() else "cpu")
     state = sampling.make_noise(agent.policy, 3, agent.device)[0]
     actor = kernels.FusedActor(agent.policy, agent.critic_target, acting.CANDIDATES, "fp32")

@@ -504,9 +504,9 @@ def test_replays_of_the_graph_equal_single_launches(cuda_graphs, precision, monk
     monkeypatch.setattr(kernels.graphs, "WARM_UP", 1)
     agents = [make_agent(5, 2, seed=1, **SMALL) for _ in range(2)]
     replayed, launched = (replaying(agent, precision) for agent in agents)
-    metrics = replayed.run(5)
+    metrics = replayed.run(3)
     assert replayed.graph is not None
-    singles = [launched.run(1) for _ in range(5)]
+    singles = [launched.run(1) for _ in range(3)]
     assert launched.graph is None
     assert_same(agents[0], tensors(agents[1]))
     for name, mean in metrics.items():
@@ -532,6 +532,7 @@ def test_a_captured_update_is_launches_alone(cuda_graphs, monkeypatch):
 def test_an_update_and_its_graph_die_with_their_last_reference(cuda_graphs, monkeypatch):
     """A graph that the garbage collector destroys may do so during another capture, and break it."""
     monkeypatch.setattr(kernels.update, "PER_REPLAY", 1)
+    monkeypatch.setattr(kernels.graphs, "WARM_UP", 1)
     update = replaying(make_agent(5, 2, **SMALL))
     update.capture()
     gone = weakref.ref(update.graph)
