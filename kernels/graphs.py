@@ -78,11 +78,21 @@ class Captured:
             torch.cuda.set_stream(before)
             with suppress(AttributeError, RuntimeError):
                 torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+            with suppress(RuntimeError):
+                self._end_of_capture(generators)
             raise failure or e
         finally:
             packing.captured = None
             if collects:
                 gc.enable()
+
+    def _end_of_capture(self, generators) -> None:
+        """Before torch 2.13 a capture that fails leaves its generators refusing to draw, until one succeeds."""
+        x, graph = torch.zeros((), device=self.device), torch.cuda.CUDAGraph()
+        for generator in generators:
+            graph.register_generator_state(generator)
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
+            x.zero_()
 
     def __call__(self, *inputs: torch.Tensor):
         require(len(inputs) == len(self.inputs), f"{len(inputs)} inputs given to a graph of {len(self.inputs)}")

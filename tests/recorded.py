@@ -21,6 +21,7 @@ current_device: list = [0]  # the last one is current
 current_stream: list = []  # likewise; if empty, each device's default stream
 synchronized: list = []  # the devices that somebody has waited for
 pools: list = []  # the memory pools of captures that have begun and not ended
+refusing: list = []  # the generators that do not draw, since a capture that failed was the last they saw
 launch = GridExecutor.__call__
 
 
@@ -76,7 +77,7 @@ def record_launch(executor, *args, **kwargs):
 
 @contextmanager
 def capture(graph, pool=None, stream=None):
-    """As torch.cuda.graph, which after an error inside raises another one and leaves its stream and its pool in use."""
+    """As torch.cuda.graph, which after an error inside raises another one and leaves its stream, pool and generators as they were then."""
     assert not pools, "an earlier capture that failed has not been cleaned up"
     pools.append(pool)
     assert stream is not None, "torch would capture on the device of the process's first capture"
@@ -94,8 +95,11 @@ def capture(graph, pool=None, stream=None):
         raise
     finally:
         capturing.pop()
-        if not broken:
+        if broken:
+            refusing[:] = [*refusing, *graph.generators, "torch's own"]
+        else:
             current_stream.pop(), pools.pop()
+            refusing[:] = [g for g in refusing if g not in graph.generators and g != "torch's own"]
     with torch.no_grad():
         for x in graph.made:
             if x.is_floating_point():
@@ -146,7 +150,7 @@ class Event:
 
 def install(monkeypatch) -> None:
     """From now on, until monkeypatch undoes it, there seems to be a GPU that can capture; tensors stay on the CPU."""
-    for state in (capturing, current_stream, synchronized, pools):
+    for state in (capturing, current_stream, synchronized, pools, refusing):
         state.clear()
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda device, pool: pools and pools.remove(pool), raising=False)
     for name, stub in {
