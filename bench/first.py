@@ -4,8 +4,8 @@
     python -m bench.first sampler fp16    # one of its parts, in this process: a line of JSON for each finding
 
 Each kernel at each precision is a process of its own, all at once, since most of their time is a compiler's: one that hangs or
-breaks its CUDA context takes nobody along. Results are compared with float64's as in bench.sampling, acting and training. In fp16
-each call is made again and again and must give the same bits: a result that moves is a race. Then, alone, a few timings.
+breaks its CUDA context takes nobody along. Results are compared with float64's as in bench.sampling, acting and training. Calls are
+made again and again and must give the same bits: a result that moves is a race. Then, alone, a few timings.
 Everything is written to bench/results/first_DEVICE.json as it is known.
 """
 
@@ -57,9 +57,8 @@ def sampler(precision: str, device, sizes=(1, 50, 5000)) -> None:
         policy = make_policy(5, device)
         inputs, fused = make_noise(policy, n, device), FusedSampler(policy, precision)
         contestant = Contestant(lambda: fused(inputs[0]), fused, precision)
-        judge(f"sampler {precision}, {n} rows", lambda: check(policy, contestant, inputs))
-        if precision == "fp16":
-            repeat(f"sampler {precision}, {n} rows", lambda: fused(*inputs))
+        judge(f"sampler {precision}, {n} rows", lambda: check(policy, contestant, n))
+        repeat(f"sampler {precision}, {n} rows", lambda: fused(*inputs))
 
 
 def actor(precision: str, device, sizes=(1, 9, 100)) -> None:
@@ -70,9 +69,8 @@ def actor(precision: str, device, sizes=(1, 9, 100)) -> None:
         act = FusedActor(agent.policy, agent.critic_target, CANDIDATES, precision)
         state = make_noise(agent.policy, n, device)[0]
         judge(f"actor {precision}, {n} states", lambda: check_fused(agent, act, state))
-        if precision == "fp16":
-            repeat(f"actor {precision}, {n} states", lambda: act(state, seed=3))
-            say(f"actor {precision}, {n} states: its counters are back at 0", ok=not act.done.any().item())
+        repeat(f"actor {precision}, {n} states", lambda: act(state, seed=3))
+        say(f"actor {precision}, {n} states: its counters are back at 0", ok=not act.done.any().item())
 
 
 def trained(device, run) -> torch.Tensor:

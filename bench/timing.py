@@ -87,11 +87,13 @@ def peaks(device) -> dict:
     halves = a.half(), b.half()
     products = {"fp32": (a, b)} | ({"tf32": (a, b), "fp16": halves} if on_gpu else {})
     before = torch.get_float32_matmul_precision()
-    for name, (left, right) in products.items():
-        torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
-        ms = measure({"product": lambda: left @ right}, 0.5, device)["product"]["p50"]
-        found[f"{name} TFLOP/s"] = 2 * n**3 / ms / 1e9
-    torch.set_float32_matmul_precision(before)
+    try:
+        for name, (left, right) in products.items():
+            torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+            ms = measure({"product": lambda: left @ right}, 0.5, device)["product"]["p50"]
+            found[f"{name} TFLOP/s"] = 2 * n**3 / ms / 1e9
+    finally:
+        torch.set_float32_matmul_precision(before)
     return {name: round(value, 3) for name, value in found.items()}
 
 

@@ -1,5 +1,6 @@
 """The baseline is the same algorithm as dql.py, to rounding; the benchmark runs and writes its figures."""
 
+import copy
 import csv
 import json
 
@@ -32,13 +33,25 @@ def test_sampling_is_checked_before_it_is_timed():
     policy = sampling.make_policy(5, "cpu")
     inputs = sampling.make_noise(policy, 33, "cpu")
     contestants = made(sampling.cpu_contestants(policy, inputs[0], compiled=False))
-    assert all(sampling.check(policy, contestant, inputs) < 1e-5 for contestant in contestants.values())
+    assert all(sampling.check(policy, contestant, 33) < 1e-5 for contestant in contestants.values())
     wrong = contestants["dql"]._replace(given=lambda s, x, z: policy.sample(s, x_T=x, noises=z) * 1.001)
     with pytest.raises(SystemExit, match="error 1.00e-03, the eager chain's"):
-        sampling.check(policy, wrong, inputs)
+        sampling.check(policy, wrong, 33)
     unwritten = contestants["dql"]._replace(draw=lambda: torch.full((33, 8), torch.nan))
     with pytest.raises(SystemExit, match="not finite"):
-        sampling.check(policy, unwritten, inputs)
+        sampling.check(policy, unwritten, 33)
+
+
+def test_tf32_is_judged_by_tf32_even_where_torch_would_not_use_it():
+    """As on a CPU, and perhaps in cuBLAS for a row."""
+    reference = pytest.importorskip("reference", reason="triton has no package for this platform")
+    policy = sampling.make_policy(5, "cpu")
+    state, x_T, noises = sampling.make_noise(policy, 33, "cpu")
+    exact = copy.deepcopy(policy).double().sample(state.double(), x_T=x_T.double(), noises=noises.double())
+    with sampling.arithmetic("tf32", "cpu"):
+        found = acting.error(policy.sample(state, x_T=x_T, noises=noises), exact)
+    plain, expected = (acting.error(reference.eager_at(policy, p, state, x_T, noises), exact) for p in ("fp32", "tf32"))
+    assert plain < expected / 30 and 0.8 < found / expected < 1.25
 
 
 @pytest.mark.parametrize("n", [1, 5])
@@ -151,7 +164,7 @@ def test_contestants_of_a_gpu_can_be_made_and_are_right(small):
     inputs = sampling.make_noise(policy, 3, "cpu")
     contestants = sampling.gpu_contestants(policy, inputs[0], compiled=False, autotuned=False, precisions=("fp16",))
     assert list(contestants) == ["eager", "eager, graph", "fused fp16", "fused fp16, graph"]
-    assert all(sampling.check(policy, contestant, inputs) < 2e-3 for contestant in made(contestants).values())
+    assert all(sampling.check(policy, contestant, 3) < 2e-3 for contestant in made(contestants).values())
     calls = acting.gpu_calls(acting.agent_at(), inputs[0][:1].contiguous(), compiled=False)
     for name in ("eager, graph", "fused fp16, graph", "fused fp16, graph, numpy to numpy"):
         call, _ = acting.tried(calls[name])
