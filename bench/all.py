@@ -6,8 +6,9 @@
 
 Parts, in this order: first (bench.first: the kernels against float64, and a few timings), tests (the kernels' tests on this GPU),
 training, acting, sampling, run (the paper's whole antmaze-umaze run on generated data), bandit (drawn by the fused sampler) and
-pictures. Without a GPU there are training, acting, sampling and pictures. Each is a process of its own that prints as it goes and writes what it knows; one that fails or overruns is named in the
-end, where the exit status says so, and the next one begins. Figures go to bench/results (--out), as each part says.
+pictures. Without a GPU there are training, acting, sampling and pictures. Each is a process of its own that prints as it goes and
+writes what it knows; one that fails or overruns is named in the end, where the exit status says so, and the next one begins.
+Figures go to bench/results (--out), as each part says.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from bench.timing import RESULTS
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = [f"tests/test_{name}.py" for name in ("ops", "packing", "sampler", "actor", "update", "graphs", "rounding")]
 OVERRUN = 2  # times its estimate, after which a part is ended: one that hangs leaves time to the others
+GRACE = 5  # seconds to say so
 
 
 class Part(NamedTuple):
@@ -41,8 +43,9 @@ def parts(out: Path) -> dict:
     """Name -> Part, the most valuable first."""
     to = ["--out", str(out)]
     pytest = ["pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider", *TESTS]
+    # A test that hangs in a call to the GPU hears no signal; where it is a worker's, that is ended and replaced.
     pytest += ["-n", str(os.cpu_count())] if find_spec("xdist") else []
-    pytest += ["--timeout", "120"] if find_spec("pytest_timeout") else []
+    pytest += ["--timeout", "120", "--timeout-method", "thread"] if find_spec("pytest_timeout") else []
     return {
         "first": Part(["bench.first", *to], 240, asks_gpu=True),
         "tests": Part(pytest, 200, asks_gpu=True),
@@ -72,6 +75,9 @@ def run(command: list, limit: float) -> str:
     try:
         status = process.wait(limit)
     except subprocess.TimeoutExpired:
+        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, signal.SIGINT)  # pytest says what it has found
+            process.wait(GRACE)
         return f"ended after {limit:.0f} s"
     finally:
         with suppress(ProcessLookupError):

@@ -31,6 +31,20 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="no CUDA GPU on this machine"))
 
 
+if torch.cuda.is_available():
+
+    @pytest.fixture(autouse=True)
+    def wait_for_the_gpu(request):
+        """A kernel's error shows when somebody waits for it, and all that the process does later fails with it: it ends here."""
+        yield
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as e:
+            if "PYTEST_XDIST_WORKER" not in os.environ:
+                pytest.exit(f"after {request.node.nodeid} the GPU is lost to this process: {e}", returncode=1)
+            os._exit(1)  # xdist reports the test and replaces this worker
+
+
 @pytest.fixture
 def cuda_graphs(monkeypatch):
     """CUDA graphs can be captured: on a GPU those of torch, elsewhere an imitation that records and repeats."""

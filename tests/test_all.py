@@ -49,5 +49,12 @@ def test_a_part_that_fails_or_overruns_is_ended_with_its_children():
     assert everything.run(["timeit", "-n1", "-r1", "pass"], 60) == ""
 
 
+def test_tests_that_overrun_say_what_they_have_found(tmp_path, capfd):
+    file = tmp_path / "test_slow.py"
+    file.write_text("import time\ndef test_right(): pass\ndef test_hangs(): time.sleep(60)\n")
+    assert everything.run(["pytest", "-q", "-p", "no:cacheprovider", str(file)], 4) == "ended after 4 s"
+    assert "1 passed" in capfd.readouterr().out
+
+
 def test_the_kernels_tests_are_there():
     assert all((ROOT / file).exists() for file in everything.TESTS)
