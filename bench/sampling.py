@@ -3,9 +3,9 @@
     python -m bench.sampling              # on a CPU about a minute; not run on a GPU yet
     python -m bench.sampling --quick      # a few sizes, under two minutes
 
-On a GPU: dql.py's chain as it is, in a CUDA graph, under torch.compile (default, that in a graph, and max-autotune with its own), the fused
-kernel launched directly and in a graph, at every precision. On a CPU: the straightforward chain, dql.py's hoisted one, and that
-compiled. Each contestant draws its own noise. Before it is timed, it gets the noise handed in and may differ from the chain in
+On a GPU: dql.py's chain as it is, in a CUDA graph, under torch.compile (default, that in a graph, and max-autotune with its own),
+the fused kernel launched directly and in a graph, at every precision. On a CPU: the straightforward chain, dql.py's hoisted one,
+and that compiled. Each contestant draws its own noise. Before it is timed, it gets the noise handed in and may differ from the chain in
 float64 by so many times what the eager chain does at the same precision (bench/rounding.py), or is left out and named.
 
 Figures: milliseconds a call (20th, 50th and 80th percentile), actions/s, the ratio to the first contestant, and TFLOP/s with
@@ -121,7 +121,7 @@ def gpu_contestants(policy, state, compiled: bool, autotuned: bool, precisions) 
 
 
 class RoundedProducts(TorchFunctionMode):
-    """Float32 products of operands rounded to TF32. Left to cuBLAS, few rows may be multiplied in float32 although it may use TF32."""
+    """Float32 products of operands rounded to TF32: cuBLAS, where it may use TF32, still may not for few rows."""
 
     OPERANDS = {F.linear: (0, 1), torch.addmm: (1, 2)}
 
@@ -136,7 +136,7 @@ def arithmetic(precision: str, device: str):
 
 
 def check(policy, contestant: Contestant, n: int) -> float:
-    """The relative error ‖a - a₆₄‖/‖a₆₄‖ of what it makes of n rows. Raises SystemExit where it is over what rounding.allowed() grants."""
+    """The relative error ‖a - a₆₄‖/‖a₆₄‖ of n rows at a time. Raises SystemExit where it is over what rounding.allowed() grants."""
     device, in_float64, (least, most) = next(policy.parameters()).device, copy.deepcopy(policy).double(), CHECKED_ROWS
     exact, eager, found = [], [], []
     for seed in range(1, 1 + math.ceil(least / n)):
