@@ -491,7 +491,7 @@ def test_a_backend_that_cannot_be_captured_leaves_agents_as_they_were(data, few_
         update.replays = True
         return update
 
-    def broken(graph, pool, stream):
+    def broken(*args, **kwargs):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(few_programs, "FusedUpdate", replaying)
