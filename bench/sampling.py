@@ -5,8 +5,8 @@
 
 On a GPU: dql.py's chain as it is, in a CUDA graph, under torch.compile (default, that in a graph, and max-autotune with its own),
 the fused kernel launched directly and in a graph, at every precision. On a CPU: the straightforward chain, dql.py's hoisted one,
-and that compiled. Each contestant draws its own noise. Before it is timed, it gets the noise handed in and may differ from the chain in
-float64 by so many times what the eager chain does at the same precision (bench/rounding.py), or is left out and named.
+and that compiled. Each contestant draws its own noise. Before it is timed, it gets the noise handed in and may differ from the
+chain in float64 by so many times what the eager chain does at the same precision (bench/rounding.py), or is left out and named.
 
 Figures: milliseconds a call (20th, 50th and 80th percentile), actions/s, the ratio to the first contestant, and TFLOP/s with
 its share of the ceiling, which a large matrix product of that precision sets in the same run.

@@ -20,6 +20,14 @@ from .packing import on, require
 WARM_UP = 3  # calls before the capture: kernels are compiled and libraries initialised, which must not be recorded
 
 
+def _graph(generators) -> torch.cuda.CUDAGraph:
+    """A graph whose capture may draw from the generators."""
+    graph = torch.cuda.CUDAGraph()
+    for generator in generators:
+        graph.register_generator_state(generator)
+    return graph
+
+
 class Captured:
     """function(*inputs) -> tensor or tensors, captured for inputs of these shapes on a CUDA device.
 
@@ -56,9 +64,7 @@ class Captured:
         torch.cuda.current_stream().wait_stream(side)
 
     def _capture(self, generators) -> None:
-        self.graph = torch.cuda.CUDAGraph()
-        for generator in generators:
-            self.graph.register_generator_state(generator)
+        self.graph = _graph(generators)
         # A graph that the garbage collector destroys during a capture breaks it, and torch 2.9 no longer collects before one.
         gc.collect()
         collects, before, pool, failure = gc.isenabled(), torch.cuda.current_stream(), torch.cuda.graph_pool_handle(), None
@@ -79,19 +85,17 @@ class Captured:
             with suppress(AttributeError, RuntimeError):
                 torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
             with suppress(RuntimeError):
-                self._end_of_capture(generators)
+                self._release(generators)
             raise failure or e
         finally:
             packing.captured = None
             if collects:
                 gc.enable()
 
-    def _end_of_capture(self, generators) -> None:
-        """Before torch 2.13 a capture that fails leaves its generators refusing to draw, until one succeeds."""
-        x, graph = torch.zeros((), device=self.device), torch.cuda.CUDAGraph()
-        for generator in generators:
-            graph.register_generator_state(generator)
-        with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
+    def _release(self, generators) -> None:
+        """In torch 2.11 a capture that fails leaves its generators refusing to draw, until one succeeds; 2.13 does not."""
+        x = torch.zeros((), device=self.device)
+        with torch.cuda.graph(_graph(generators), stream=torch.cuda.Stream()):
             x.zero_()
 
     def __call__(self, *inputs: torch.Tensor):

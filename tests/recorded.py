@@ -77,7 +77,8 @@ def record_launch(executor, *args, **kwargs):
 
 @contextmanager
 def capture(graph, pool=None, stream=None):
-    """As torch.cuda.graph, which after an error inside raises another one and leaves its stream, pool and generators as they were then."""
+    """As torch.cuda.graph of torch 2.11, which after an error inside raises another one, and leaves its stream and pool in use and
+    its generators refusing."""
     assert not pools, "an earlier capture that failed has not been cleaned up"
     pools.append(pool)
     assert stream is not None, "torch would capture on the device of the process's first capture"

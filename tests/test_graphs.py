@@ -41,7 +41,7 @@ def test_packed_networks_are_found_and_packed_again_before_a_replay(cuda_graphs)
 
 def test_what_waits_for_the_device_cannot_be_captured(cuda_graphs):
     """The error is the one that says why; afterwards the stream is the one before and random numbers can be drawn: left to torch,
-    the stream would be the capture's, and, before 2.13, generators would refuse."""
+    the stream would be the capture's, and in 2.11 generators would refuse."""
     x, stream, generator = torch.ones(3, device=DEVICE), torch.cuda.Stream(), torch.Generator(DEVICE)
     torch.cuda.set_stream(stream)
     try:
