@@ -1,34 +1,32 @@
-"""Diffusion-QL (Wang, Hunt, Zhou, ICLR 2023, arXiv 2208.06193) in one file that reads like the paper.
+"""Diffusion-QL (Wang, Hunt, Zhou, ICLR 2023, arXiv 2208.06193): the paper in one file.
 
-A diffusion model is the policy; a learned Q pulls it uphill through the whole reverse chain:
+The policy is a diffusion model over actions (section 3.1): a reverse chain of T steps, eq. 1, turns
+noise into an action a⁰, given the state s. Training (section 3.2, algorithm 1) minimises
 
-    L(θ) = L_bc(θ) - η · E[Q(s, a⁰)],   a⁰ ~ π_θ(·|s) sampled in T denoising steps            (paper, eq. 2-4)
+    L_d(θ) = E ‖ε - ε_θ(√ᾱ_t·a + √(1-ᾱ_t)·ε, s, t)‖²      behaviour cloning              (eq. 2)
+    L(θ) = L_d(θ) - η · E[Q_φ(s, a⁰)]                     the policy                     (eq. 3)
+    L(φ) = E ‖r + γ·min_i Q'_i(s', a'⁰) - Q_i(s, a)‖²     twin critics, i = 1, 2         (eq. 4)
 
-    python dql.py --env antmaze-umaze-v0                # the paper's recipe for the task
-    python dql.py --env antmaze-umaze-v0 --quick        # a recipe for a laptop: 15k updates, higher, decaying rates
-    python dql.py --env antmaze-umaze-v0 --seeds 0 1 2  # three agents side by side, a run each
-    python dql.py --env pen-human-v1                    # any of the paper's twenty D4RL tasks; --env x lists the nearest
-    python dql.py --eval runs/NAME --render ant.gif     # evaluate a finished run and film it
-    python dql.py --export runs/NAME policy.pt2         # its policy, for use without this project
+where the gradient of Q flows through the whole chain. Read DiffusionPolicy, TwinCritic, then
+DiffusionQL.update. This file needs torch and numpy alone: copy it anywhere, and train on arrays.
 
-The algorithm (everything above "The run") needs torch and numpy alone: copy this file and call
-`DiffusionQL(...).update(batch)` and `.act(state)`.
+    agent = DiffusionQL(state_dim, action_dim, eta=1.0)
+    data = Transitions(states, actions, next_states, rewards, terminals)
+    losses = Updates([agent], data, batch_size=256).run(10_000)
+    action = agent.act(state)
 
-Where the paper and the authors' released code differ, the released code made the published scores and is followed.
-Where this file differs from the released code, a comment says "Differs". In short: offline model selection uses the
-rank the paper describes (the released index is reported beside it), learning-rate decay is per epoch when asked for,
-and every evaluation episode draws its own maze goal. The arithmetic of an update is the same, to rounding.
+With the rest of the project beside it, it is also the command line:
+
+    python dql.py --env antmaze-umaze-v0    # the paper's recipe; --quick: a recipe for a laptop
+
+Where the paper and the authors' code differ, the code is followed: it made the published scores.
 """
 
-import argparse
 import copy
-import functools
 import math
-import shutil
+import random
 import sys
-import time
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -37,77 +35,35 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Config: every field is also a command-line option; the recipe of the chosen task supplies the defaults
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Hyperparameters -----------------------------------------------------------------------------
 
 
-class UserError(RuntimeError):
-    """Bad input. The message is one line: what is wrong and what to do about it."""
-
-
-@dataclass
+@dataclass(frozen=True)
 class Config:
-    env: str = "antmaze-umaze-v0"  # D4RL task name; an unknown one lists the nearest
-    algo: str = "ql"  # ql: Diffusion-QL; bc: behaviour cloning with the same diffusion policy
-    data: str = "auto"  # auto: D4RL's file, else download, else generate; or d4rl, generated, minari:NAME, or the path of an HDF5 file
-    repair_data: bool = False  # antmaze: read D4RL's file without its known defects; published scores are of the file as it is
-    n_generated: int = 1_000_000  # transitions to generate where D4RL's file is not used
-    seed: int = 0  # of everything: initial weights, minibatches, noise, evaluation
-    seeds: tuple[int, ...] = ()  # instead of seed: as many agents side by side on the same data, each as if alone, a run each
-    quick: bool = False  # 15 epochs, rates 3e-3, 1e-3 decaying to 0, tau 0.02, 0.1·η, at most 50 episodes; mazes: max-Q, sparse
-    out: str = "runs"  # folder that gets one folder per run
-    device: str = "auto"  # auto: cuda when there is one; or cpu, cuda, cuda:1, ...
-    threads: int = 0  # CPU threads for torch and MuJoCo; 0: all cores
-    backend: str = "auto"  # eager; compile (torch.compile, on a GPU in a CUDA graph); graph; fused (kernels); auto: fused, graph, eager
-    precision: str = "fp16"  # of the fused kernels' matrix products: fp16, tf32, fp16x3 (float32's accuracy) or fp32
-    matmul_precision: str = "highest"  # of float32 products: highest, high (TF32) or medium (bfloat16, on CPUs that have it)
+    """What an agent is made with: the paper's values, of which RECIPES changes some per task."""
 
-    epochs: int = 1000  # of updates_per_epoch updates each
-    updates_per_epoch: int = 1000  # the paper calls 1000 gradient steps an epoch
-    eval_every: int = 50  # epochs between evaluations
-    eval_episodes: int = 100  # 100 for sparse rewards, 10 for locomotion, as the authors
-    batch_size: int = 256  # transitions per update, uniform with replacement
-
-    n_timesteps: int = 5  # T, denoising steps; 5 keeps what 50 gives (paper, appendix)
+    eta: float = 1.0  # η, weight of the Q term against behaviour cloning
+    max_q_backup: bool = False  # target: the best of 10 sampled actions instead of one (from CQL)
+    lr: float = 3e-4  # Adam's learning rate for the policy
+    critic_lr: float = 3e-4  # Adam's learning rate for the critics
+    grad_norm: float = 1.0  # each gradient is clipped to this global norm; 0: not clipped
+    discount: float = 0.99  # γ
+    tau: float = 0.005  # how fast the target critics follow
+    ema_decay: float = 0.995  # of the averaged policy, which samples the targets' actions
+    ema_start: int = 1000  # updates before averaging begins: the first ones move too far
+    ema_every: int = 5  # updates between averaging steps
+    n_timesteps: int = 5  # T, denoising steps; 5 do as well as 50 (section 5.4)
     schedule: str = "vp"  # noise schedule: vp, linear or cosine
     hidden_dim: int = 256  # width of the three hidden layers of policy and critics
-    eta: float = 1.0  # η, weight of the Q term against behaviour cloning
-    max_q_backup: bool = False  # target: the best of 10 sampled actions instead of one (CQL's max-Q backup)
-    reward_tune: str = "none"  # none, cql, sparse, normalize, iql_antmaze, antmaze or iql_locomotion
-    lr: float = 3e-4  # Adam's rate for the policy
-    critic_lr: float = 3e-4  # Adam's rate for the critics
-    lr_decay: str = "none"  # none; cosine: to 0 over the run, per epoch; released: the same cosine, stepped per evaluation
-    grad_norm: float = 1.0  # global norm to which each gradient is clipped; 0: not clipped
-    discount: float = 0.99  # γ
-    tau: float = 0.005  # rate of the target critics
-    ema_decay: float = 0.995  # of the policy used for targets
-    ema_start: int = 1000  # updates before the averaging begins
-    ema_every: int = 5  # updates between averaging steps
-
-    n_candidates: int = 50  # actions sampled per state when acting; one is picked by softmax of Q
-    top_k: int = 1  # offline selection takes the evaluation whose BC loss has this rank (0: the smallest)
-
-    resume: tuple[str, ...] = ()  # folder of an interrupted run to continue, bit for bit; or of several that differ in their seeds
-    eval: str = ""  # folder of a run to evaluate instead of training
-    export: tuple[str, ...] = ()  # RUN FILE.pt2: instead of training, write a run's policy for use without this project
-    which: str = "last"  # with --eval and --export: last, best, offline or offline_released
-    episodes: int = 0  # with --eval: episodes to run; 0: eval_episodes
-    render: str = ""  # with --eval: a .gif to film one episode into
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Recipes: the paper's table of hyperparameters (gn: gradient clip; top_k: rank for offline selection)
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 class Recipe(NamedTuple):
     eta: float
     max_q_backup: bool
-    reward_tune: str
-    epochs: int
+    reward_tune: str  # what is done to rewards: see trainer/data.py
+    epochs: int  # of 1000 updates
     grad_norm: float
-    top_k: int
+    top_k: int  # offline model selection takes the checkpoint whose BC loss has this rank
     lr: float = 3e-4
 
 
@@ -134,44 +90,20 @@ RECIPES = {
     "kitchen-mixed-v0": Recipe(0.005, False, "none", 1000, 10.0, 0),
 }
 
-
-def recipe_config(env: str, quick: bool = False) -> Config:
-    """The paper's recipe for a task, or the quick one."""
-    config = Config(env=env, quick=quick, **RECIPES[env]._asdict())
-    if "v2" in env:
-        config = replace(config, eval_episodes=10)
-    if quick:
-        # In 15k updates the paper's τ = 0.005 carries a reward 75 Bellman steps back; the maze is 160 steps long.
-        config = replace(config, epochs=15, eval_every=5, lr=3e-3, critic_lr=1e-3, tau=0.02, lr_decay="cosine")
-        config = replace(config, eval_episodes=min(config.eval_episodes, 50), matmul_precision="medium")
-        # Q is wrong for much of so short a run, so it pulls the policy a tenth as hard, and mostly chooses among candidates.
-        config = replace(config, eta=0.1 * config.eta)
-        if config.reward_tune == "cql":
-            # Q need not first fall to -200 everywhere, and chooses among ten actions for the target too.
-            config = replace(config, reward_tune="sparse", max_q_backup=True)
-    return config
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Noise schedule
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The policy: a conditional diffusion model over actions (section 3.1) ------------------------
 
 
 def beta_schedule(name: str, n_timesteps: int) -> torch.Tensor:
-    """β_1..β_T of the forward process, (T,) float32, computed in float64. name: "vp" (paper, sec. 3), "linear", "cosine".
+    """β_1..β_T of the forward process: (T,) float64. name: "vp" (the paper's), "linear", "cosine".
 
     Raises ValueError for an unknown name or n_timesteps < 1.
     """
-    return _betas(name, n_timesteps).float()
-
-
-def _betas(name: str, n_timesteps: int) -> torch.Tensor:
     if n_timesteps < 1:
         raise ValueError(f"n_timesteps must be at least 1, not {n_timesteps}")
     T = n_timesteps
     if name == "vp":
-        t, b_min, b_max = torch.arange(1, T + 1, dtype=torch.float64), 0.1, 10.0
-        return 1 - torch.exp(-b_min / T - 0.5 * (b_max - b_min) * (2 * t - 1) / T**2)
+        t, beta_min, beta_max = torch.arange(1, T + 1, dtype=torch.float64), 0.1, 10.0
+        return 1 - torch.exp(-beta_min / T - 0.5 * (beta_max - beta_min) * (2 * t - 1) / T**2)
     if name == "linear":
         return torch.linspace(1e-4, 2e-2, T, dtype=torch.float64)
     if name == "cosine":
@@ -181,209 +113,121 @@ def _betas(name: str, n_timesteps: int) -> torch.Tensor:
     raise ValueError(f"unknown noise schedule {name!r}; known: vp, linear, cosine")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The policy: a conditional denoising diffusion model over actions
-# ---------------------------------------------------------------------------------------------------------------------
+class TimeEmbedding(nn.Module):
+    """t -> [sin(t·f_k), cos(t·f_k)], f_k = 10000^(-k/(dim/2-1)): (B,) -> (B, dim)"""
 
-
-class _OneExpMish(torch.autograd.Function):
-    """mish(x) = x·tanh(softplus(x)) = x·k/(k+1) with k = e + e²/2, e = exp(x): one exponential where ATen takes three.
-
-    Two fifths of a CPU update was mish and its backward. Beyond x = 30 the quotient is 1 in float32. The derivative,
-    k/(k+1) - x·(e - 2k)/(k+1)², is made on the way, so that one tensor is kept for the backward pass and not three. The result
-    takes x's place: fresh memory costs more than the arithmetic.
-    """
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.mark_dirty(x)
-        e = x.clamp(max=30.0).exp_()
-        k = torch.addcmul(e, e, e, value=0.5)
-        r = (k + 1).reciprocal_()
-        slope = e.sub_(k, alpha=2).mul_(r).mul_(r).mul_(x)
-        k.mul_(r)
-        ctx.save_for_backward(torch.sub(k, slope, out=slope))
-        return x.mul_(k)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return ctx.saved_tensors[0] * grad
-
-
-class Mish(nn.Module):
-    """On a CPU x is overwritten, as with nn.Mish(inplace=True)."""
-
-    def forward(self, x):
-        if x.device.type != "cpu":
-            return F.mish(x)
-        if torch.compiler.is_compiling():  # the compiler fuses the plain formula, and differentiates it
-            e = x.clamp(max=30.0).exp()
-            k = e + 0.5 * e * e
-            return x * (k / (k + 1))
-        if torch.is_grad_enabled() and x.requires_grad:
-            return _OneExpMish.apply(x)
-        e = x.clamp(max=30.0).exp_()
-        k = e.addcmul_(e, e, value=0.5)
-        return x.mul_(k.div_(k + 1))
-
-
-class SinusoidalEmbedding(nn.Module):
-    """t -> [sin(t·f_k), cos(t·f_k)], f_k = 10000^(-k/(dim/2-1)). (B,) -> (B, dim)"""
-
-    def __init__(self, dim: int):
+    def __init__(self, dim):
         super().__init__()
         half = dim // 2
-        self.register_buffer("freq", torch.exp(torch.arange(half) * -(math.log(10000) / (half - 1))), persistent=False)
+        freq = torch.exp(torch.arange(half) * -(math.log(10000) / (half - 1)))
+        self.register_buffer("freq", freq, persistent=False)
 
     def forward(self, t):
         angle = t[:, None] * self.freq
         return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
-CPU_ROWS = 512  # rows whose activations stay in a core's cache
-
-
-def in_pieces(f, state, x_T, noises):
-    """f(state, x_T, noises) -> rows like x_T's, on a CPU computed CPU_ROWS rows at a time when no gradient is wanted.
-
-    Twice as fast as all at once for thousands of rows. n = len(x_T)/len(state) rows belong to each state.
-    """
-    n = len(x_T) // len(state)
-    size = max(1, CPU_ROWS // n)
-    if len(state) <= size or state.device.type != "cpu" or torch.is_grad_enabled():
-        return f(state, x_T, noises)
-    pieces = ((slice(i, i + size), slice(i * n, (i + size) * n)) for i in range(0, len(state), size))
-    return torch.cat([f(state[states], x_T[rows], noises[:, rows]) for states, rows in pieces])
+def hidden_layers(n_inputs, width):
+    layers = [nn.Linear(n_inputs, width), nn.Mish(), nn.Linear(width, width), nn.Mish()]
+    return nn.Sequential(*layers, nn.Linear(width, width), nn.Mish())
 
 
 class DiffusionPolicy(nn.Module):
-    """π_θ(a|s): actions are the end of a reverse diffusion chain a_T -> ... -> a_0 conditioned on the state.
+    """π_θ(a|s): an action is the end of a reverse diffusion chain a_T -> ... -> a_0, given s.
 
-    Parameter names are those of the released checkpoints. Raises ValueError for an unknown schedule or n_timesteps < 1.
+    Parameter names are those of the released checkpoints. Raises ValueError as beta_schedule does.
     """
 
     TIME_DIM = 16
 
-    def __init__(self, state_dim, action_dim, *, hidden_dim=256, n_timesteps=5, schedule="vp", max_action=1.0):
+    def __init__(
+        self, state_dim, action_dim, *, hidden_dim=256, n_timesteps=5, schedule="vp", max_action=1.0
+    ):
         super().__init__()
         self.state_dim, self.action_dim, self.max_action = state_dim, action_dim, max_action
         self.n_timesteps, self.schedule = n_timesteps, schedule
         d, h = self.TIME_DIM, hidden_dim
-        self.time_mlp = nn.Sequential(SinusoidalEmbedding(d), nn.Linear(d, 2 * d), Mish(), nn.Linear(2 * d, d))
-        self.mid_layer = nn.Sequential(
-            nn.Linear(action_dim + d + state_dim, h), Mish(), nn.Linear(h, h), Mish(), nn.Linear(h, h), Mish()
+        self.time_mlp = nn.Sequential(
+            TimeEmbedding(d), nn.Linear(d, 2 * d), nn.Mish(), nn.Linear(2 * d, d)
         )
+        self.mid_layer = hidden_layers(action_dim + d + state_dim, h)
         self.final_layer = nn.Linear(h, action_dim)
 
-        beta = _betas(schedule, n_timesteps)
+        beta = beta_schedule(schedule, n_timesteps)
         alpha_bar = torch.cumprod(1 - beta, 0)
         alpha_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
         variance = beta * (1 - alpha_bar_prev) / (1 - alpha_bar)
+        # Forward process, each row its own t: a_t = √ᾱ_t·a + √(1-ᾱ_t)·ε.
         self.register_buffer("sqrt_alpha_bar", alpha_bar.sqrt().float(), persistent=False)
-        self.register_buffer("sqrt_one_minus_alpha_bar", (1 - alpha_bar).sqrt().float(), persistent=False)
-        # The chain's coefficients are Python numbers: t is the same for a whole batch, so nothing has to be gathered.
-        self.x0_from_x = (1 / alpha_bar).sqrt().tolist()  # x̂_0 = √(1/ᾱ)·a_t - √(1/ᾱ-1)·ε̂
+        self.register_buffer("sqrt_one_minus_alpha_bar", (1 - alpha_bar).sqrt().float(), False)
+        # Reverse process, where all rows have the same t: plain numbers.
+        self.x0_from_x = (1 / alpha_bar).sqrt().tolist()  # x̂_0 = √(1/ᾱ)·a_t - √(1/ᾱ-1)·ε_θ
         self.x0_from_eps = (1 / alpha_bar - 1).sqrt().tolist()
-        self.mean_from_x0 = (beta * alpha_bar_prev.sqrt() / (1 - alpha_bar)).tolist()  # posterior q(a_{t-1}|a_t, x̂_0)
+        # The posterior q(a_{t-1} | a_t, x̂_0) has this mean and standard deviation.
+        self.mean_from_x0 = (beta * alpha_bar_prev.sqrt() / (1 - alpha_bar)).tolist()
         self.mean_from_x = ((1 - alpha_bar_prev) * (1 - beta).sqrt() / (1 - alpha_bar)).tolist()
         self.sigma = variance.clamp(min=1e-20).sqrt().tolist()
 
-    def _condition(self, state, n_rows):
-        """What of the first layer does not change along the chain: the state's share (n_rows, H) and that of each t (T, H).
-
-        The first layer is linear in [a, time, s], so both are computed once per chain instead of once per step.
-        """
-        first = self.mid_layer[0]
-        w_action, w_time, w_state = first.weight.split([self.action_dim, self.TIME_DIM, self.state_dim], dim=1)
-        time_share = F.linear(self.time_mlp(torch.arange(self.n_timesteps, device=state.device)), w_time, first.bias)
-        state_share = F.linear(state, w_state)
-        if n_rows != len(state):
-            state_share = state_share.repeat_interleave(n_rows // len(state), 0)
-        return w_action.t(), time_share, state_share
-
-    def _noise(self, x, t, condition):
-        w_action, time_share, state_share = condition
-        h = torch.addmm(state_share, x, w_action).add_(time_share[t])
-        for layer in self.mid_layer[1:]:
-            h = layer(h)
-        return self.final_layer(h)
-
     def predict_noise(self, x, t, state):
-        """ε_θ(a_t, t, s): x (B,A), t (B,) int64 in 0..T-1, state (B,S) -> (B,A)."""
-        return self._noise(x, t, self._condition(state, len(x)))
+        """ε_θ(a_t, s, t): x (B,A), t (B,) int64 in 0..T-1, state (B,S) -> (B,A)"""
+        return self.final_layer(self.mid_layer(torch.cat([x, self.time_mlp(t), state], dim=1)))
 
     def bc_loss(self, state, action, *, t=None, noise=None):
-        """Behaviour cloning, eq. 1: E‖ε - ε_θ(√ᾱ_t·a + √(1-ᾱ_t)·ε, t, s)‖², mean over batch and action dimensions. -> ()
+        """Behaviour cloning, L_d (eq. 2), the mean over batch and action dimensions: -> ()
 
-        state (B,S), action (B,A); t (B,) int64 ~ U{0..T-1} and noise (B,A) ~ N(0,1) are drawn where not given.
+        state (B,S), action (B,A). Drawn where not given: t (B,) int64 ~ U{0..T-1} and
+        noise (B,A) ~ N(0, 1).
         """
         if t is None:
             t = torch.randint(self.n_timesteps, (len(action),), device=action.device)
         if noise is None:
             noise = torch.randn_like(action)
-        x_t = self.sqrt_alpha_bar[t, None] * action + self.sqrt_one_minus_alpha_bar[t, None] * noise
-        return F.mse_loss(self.predict_noise(x_t, t, state), noise)
+        scale, spread = self.sqrt_alpha_bar[t, None], self.sqrt_one_minus_alpha_bar[t, None]
+        return F.mse_loss(self.predict_noise(scale * action + spread * noise, t, state), noise)
 
     def sample(self, state, *, x_T=None, noises=None):
-        """The reverse chain: state (B,S) -> actions (n·B, A) within ±max_action, differentiable through all T steps.
+        """The reverse chain (eq. 1), differentiable through all T steps: state (B,S) -> (n·B, A).
 
-        x_T (n·B, A) is the starting noise, row b·n+j belonging to state b (n = 1 where it is drawn here); noises (T, n·B, A):
-        noises[k] is used at iteration k, timestep T-1-k; the last is ignored, since the last step adds none.
+        Actions lie within ±max_action. x_T (n·B, A) is the starting noise, row b·n+j belonging to
+        state b; noises (T, n·B, A) are added after each step, noises[0] first, the last one never.
+        Both are drawn where not given, with n = 1.
         """
         if x_T is None:
             x_T = torch.randn(len(state), self.action_dim, device=state.device, dtype=state.dtype)
         if noises is None:
-            noises = torch.randn(self.n_timesteps, *x_T.shape, device=state.device, dtype=state.dtype)
-        return in_pieces(self._chain, state, x_T, noises)
-
-    def _chain(self, state, x_T, noises):
-        condition = self._condition(state, len(x_T))
+            noises = torch.randn(self.n_timesteps, *x_T.shape, device=x_T.device, dtype=x_T.dtype)
+        state = state.repeat_interleave(len(x_T) // len(state), dim=0)
         x, m = x_T, self.max_action
         for k, t in enumerate(reversed(range(self.n_timesteps))):
-            epsilon = self._noise(x, t, condition)
-            x0 = torch.sub(x * self.x0_from_x[t], epsilon, alpha=self.x0_from_eps[t]).clamp(-m, m)
-            x = torch.add(x0 * self.mean_from_x0[t], x, alpha=self.mean_from_x[t])
+            epsilon = self.predict_noise(x, torch.full((len(x),), t, device=x.device), state)
+            x0 = (self.x0_from_x[t] * x - self.x0_from_eps[t] * epsilon).clamp(-m, m)
+            x = self.mean_from_x0[t] * x0 + self.mean_from_x[t] * x
             if t > 0:
-                x = torch.add(x, noises[k], alpha=self.sigma[t])
+                x = x + self.sigma[t] * noises[k]
         return x.clamp(-m, m)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The critic
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The critics ---------------------------------------------------------------------------------
 
 
 class TwinCritic(nn.Module):
-    """Two independent Q(s, a), each three hidden layers of Mish. Parameter names are those of the released checkpoints."""
+    """Two independent Q(s, a). Parameter names are those of the released checkpoints."""
 
     def __init__(self, state_dim, action_dim, *, hidden_dim=256):
         super().__init__()
-        self.state_dim, self.action_dim = state_dim, action_dim
+        self.state_dim, self.action_dim, h = state_dim, action_dim, hidden_dim
 
-        def q_model():
-            d, h = state_dim + action_dim, hidden_dim
-            hidden = [nn.Linear(d, h), Mish(), nn.Linear(h, h), Mish(), nn.Linear(h, h), Mish()]
-            return nn.Sequential(*hidden, nn.Linear(h, 1))
-
-        self.q1_model, self.q2_model = q_model(), q_model()
+        self.q1_model = nn.Sequential(*hidden_layers(state_dim + action_dim, h), nn.Linear(h, 1))
+        self.q2_model = nn.Sequential(*hidden_layers(state_dim + action_dim, h), nn.Linear(h, 1))
 
     def forward(self, state, action):
-        """state (B,S), action (n·B, A), row b·n+j belonging to state b -> q1, q2, each (n·B, 1)."""
-        if len(action) != len(state):
-            state = state.repeat_interleave(len(action) // len(state), 0)
+        """state (B,S), action (n·B, A), row b·n+j belonging to state b -> q1, q2, each (n·B, 1)"""
+        state = state.repeat_interleave(len(action) // len(state), dim=0)
         x = torch.cat([state, action], dim=1)
         return self.q1_model(x), self.q2_model(x)
 
-    def single(self, weights, state, action):
-        """One critic, its weights a flat vector in the order of q1_model's parameters: (B,S), (B,A) -> (B,1)."""
-        parameters = dict(self.q1_model.named_parameters())
-        views = (w.view_as(p) for w, p in zip(weights.split([p.numel() for p in parameters.values()]), parameters.values()))
-        return functional_call(self.q1_model, dict(zip(parameters, views)), torch.cat([state, action], dim=1))
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Diffusion-QL
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Diffusion-QL (section 3.2, algorithm 1) -----------------------------------------------------
 
 
 class Batch(NamedTuple):
@@ -396,361 +240,216 @@ class Batch(NamedTuple):
 
 @dataclass
 class UpdateNoise:
-    """All the randomness of one update; with max-Q backup n = 10 target rows belong to each state, b·n+j to state b."""
+    """All randomness of an update. n is 10 with max-Q backup, else 1; row b·n+j is of state b."""
 
-    target_x_T: torch.Tensor | None  # (n·B, A)
-    target_noises: torch.Tensor | None  # (T, n·B, A)
+    target_x_T: torch.Tensor  # (n·B, A)
+    target_noises: torch.Tensor  # (T, n·B, A)
     t: torch.Tensor  # (B,) int64
     bc_noise: torch.Tensor  # (B, A)
-    actor_x_T: torch.Tensor | None  # (B, A)
-    actor_noises: torch.Tensor | None  # (T, B, A)
-    coin: torch.Tensor | None  # (): above 0.5, Q1 is climbed and Q2 normalises; else the other way round
-
-
-def flatten_parameters(module: nn.Module) -> nn.Parameter:
-    """Move a module's parameters into one vector, of which they become views: clipping, Adam and EMA then are one pass."""
-    parameters = list(module.parameters())
-    flat = torch.cat([p.detach().reshape(-1) for p in parameters])
-    for p, view in zip(parameters, flat.split([p.numel() for p in parameters])):
-        p.data = view.view_as(p)
-    return nn.Parameter(flat, requires_grad=parameters[0].requires_grad)
+    actor_x_T: torch.Tensor  # (B, A)
+    actor_noises: torch.Tensor  # (T, B, A)
+    coin: float  # above 0.5, Q1 is climbed and Q2 normalises; else the other way round
 
 
 class DiffusionQL:
-    """The agent: a diffusion policy, its moving average, twin critics and their targets (paper, algorithm 1).
+    """The agent: a diffusion policy, its moving average, twin critics and their targets.
 
-    algo "bc" trains and acts with the policy alone. lr_decay_every > 0 multiplies both rates by
-    ½(1 + cos(π·(step // lr_decay_every) / lr_decay_steps)), stopping at 0. All random numbers come from `generator`, or from the
-    caller. Nothing in an update waits for the device.
+    hyperparameters: fields of Config. seed: of the initial weights and of everything drawn later.
     """
 
+    algo = "ql"
     MAX_Q_SAMPLES = 10
+    NETWORKS = "policy", "policy_ema", "critic", "critic_target"
 
     def __init__(
-        self,
-        state_dim,
-        action_dim,
-        *,
-        max_action=1.0,
-        device="cpu",
-        algo="ql",
-        discount=0.99,
-        tau=0.005,
-        eta=1.0,
-        lr=3e-4,
-        critic_lr=3e-4,
-        lr_decay_every=0,
-        lr_decay_steps=1,
-        grad_norm=1.0,
-        max_q_backup=False,
-        n_timesteps=5,
-        schedule="vp",
-        ema_decay=0.995,
-        ema_start=1000,
-        ema_every=5,
-        hidden_dim=256,
-        seed=0,
+        self, state_dim, action_dim, *, max_action=1.0, device="cpu", seed=0, **hyperparameters
     ):
-        if algo not in ("ql", "bc"):
-            raise ValueError(f"unknown algo {algo!r}; known: ql, bc")
-        self.device, self.algo, self.seed = torch.device(device), algo, seed
-        self.discount, self.tau, self.eta, self.grad_norm = discount, tau, eta, grad_norm
-        self.lr, self.critic_lr, self.lr_decay_every, self.lr_decay_steps = lr, critic_lr, lr_decay_every, lr_decay_steps
-        self.ema_decay, self.ema_start, self.ema_every = ema_decay, ema_start, ema_every
-        self.n_target_samples = self.MAX_Q_SAMPLES if max_q_backup else 1
-
-        with torch.random.fork_rng(devices=[]):  # the weights are drawn on the CPU, so they are the same on any device
+        self.config = c = Config(**hyperparameters)
+        self.device, self.seed, self.step = torch.device(device), seed, 0
+        self.n_target_samples = self.MAX_Q_SAMPLES if c.max_q_backup else 1
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        chain = dict(n_timesteps=c.n_timesteps, schedule=c.schedule, max_action=max_action)
+        with torch.random.fork_rng(devices=[]):  # drawn on the CPU: the same on every device
             torch.manual_seed(seed)
-            self.policy = DiffusionPolicy(
-                state_dim, action_dim, hidden_dim=hidden_dim, n_timesteps=n_timesteps, schedule=schedule, max_action=max_action
-            ).to(self.device)
-            self.critic = TwinCritic(state_dim, action_dim, hidden_dim=hidden_dim).to(self.device)
+            policy = DiffusionPolicy(state_dim, action_dim, hidden_dim=c.hidden_dim, **chain)
+            critic = TwinCritic(state_dim, action_dim, hidden_dim=c.hidden_dim)
+        self.policy, self.critic = policy.to(self.device), critic.to(self.device)
         self.policy_ema = copy.deepcopy(self.policy).requires_grad_(False)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
-
-        self.policy_vector, self.policy_ema_vector = map(flatten_parameters, (self.policy, self.policy_ema))
-        self.critic_vector, self.critic_target_vector = map(flatten_parameters, (self.critic, self.critic_target))
-        self.policy_optimizer = self._adam(self.policy_vector, lr)
-        self.critic_optimizer = self._adam(self.critic_vector, critic_lr)
-        self.generator = torch.Generator(self.device).manual_seed(seed)
-        self._fused = None  # what acts instead of plain torch: a kernels.FusedActor, for "bc" a kernels.FusedSampler
-        self.step = torch.zeros((), dtype=torch.int64, device=self.device)
-
-    def _adam(self, vector, lr):
-        # On a GPU rate and step count live there, so that an update can be captured in a CUDA graph.
-        on_gpu = self.device.type == "cuda"
-        rate = torch.tensor(lr, device=self.device) if on_gpu else lr
-        optimizer = torch.optim.Adam([vector], lr=rate, fused=True, capturable=on_gpu)
-        # As its first step would make them: whoever trains or restores an agent writes into these.
-        step = torch.zeros((), device=self.device)
-        optimizer.state[vector] = {"step": step, "exp_avg": torch.zeros_like(vector), "exp_avg_sq": torch.zeros_like(vector)}
-        return optimizer
-
-    def compile(self):
-        """torch.compile the target and the two losses."""
-        self._target = torch.compile(self._target)
-        self._critic_loss = torch.compile(self._critic_loss)
-        self._actor_losses = torch.compile(self._actor_losses)
-
-    def fuse(self, n_candidates=50, precision="fp16"):
-        """From now on act(state, n_candidates) is one kernel launch at this precision; other numbers are not affected.
-
-        The kernel is tried on one state first. Raises ImportError without triton, and ValueError for a size or a device that the
-        kernels do not support, or where their actions are not those of plain torch.
-        """
-        import kernels
-
-        noise = self._randn(
-            self.policy.n_timesteps + 1, n_candidates, self.policy.action_dim, generator=torch.Generator(self.device).manual_seed(0)
-        )
-        inputs = torch.zeros(1, self.policy.state_dim, device=self.device), noise[0], noise[1:]
-        if self.algo == "bc":
-            fused = kernels.FusedSampler(self.policy, precision)
-            tried = fused(*inputs)
-        else:
-            fused = kernels.FusedActor(self.policy, self.critic_target, n_candidates, precision)
-            fused(*inputs, torch.zeros(1, n_candidates, device=self.device))
-            tried = fused.candidates
-        with torch.no_grad():
-            apart = (tried - self.policy.sample(inputs[0], x_T=noise[0], noises=noise[1:])).abs().max()
-        if not apart < 0.05 * self.policy.max_action:  # fp16's rounding is a thousandth
-            raise ValueError(f"on this device the kernel's actions are up to {float(apart):.2g} away from plain torch's")
-        self._fused = fused
-
-    def draw_noise(self, batch_size: int) -> UpdateNoise:
-        """The randomness of one update, the normals in a single call."""
-        T, A, B, n = self.policy.n_timesteps, self.policy.action_dim, batch_size, self.n_target_samples
-        t = torch.randint(T, (B,), generator=self.generator, device=self.device)
-        if self.algo == "bc":
-            return UpdateNoise(None, None, t, self._randn(B, A), None, None, None)
-        coin = torch.rand((), generator=self.generator, device=self.device)
-        bc, actor, target = self._randn(B + (T + 1) * (B + n * B), A).split([B, (T + 1) * B, (T + 1) * n * B])
-        actor, target = actor.view(T + 1, B, A), target.view(T + 1, n * B, A)
-        return UpdateNoise(target[0], target[1:], t, bc, actor[0], actor[1:], coin)
-
-    def _randn(self, *shape, generator=None):
-        return torch.randn(*shape, generator=generator or self.generator, device=self.device)
+        self.policy_optimizer = adam(self.policy, c.lr)
+        self.critic_optimizer = adam(self.critic, c.critic_lr)
 
     def update(self, batch, noise: UpdateNoise | None = None) -> dict:
-        """One update of everything on a batch (Batch, or its five tensors in that order). -> dict of 0-d tensors, no host sync.
+        """Algorithm 1: a step of critics, policy and averages on a batch (Batch, or its fields).
 
-        noise hands in all the randomness, so that two implementations can be compared to rounding.
+        -> name -> 0-d tensor: the losses, and the gradients' norms before clipping
         """
-        batch = Batch(*batch)
+        batch, c = Batch(*batch), self.config
         noise = self.draw_noise(len(batch.state)) if noise is None else noise
-        self._decay_rates()
-        metrics = {}
-        if self.algo == "ql":
-            # Critic: one step on the squared Bellman error against targets by the averaged policy.
-            target = self._target(batch, noise)
-            critic_loss = self._critic_loss(batch, target)
-            metrics["critic_loss"] = critic_loss.detach()
-            metrics["critic_grad_norm"] = self._descend(critic_loss, self.critic, self.critic_vector, self.critic_optimizer)
-        # Policy: one step on behaviour cloning + η·(-Q), the Q being the one just updated.
-        bc_loss, q_loss = self._actor_losses(batch, noise)
-        actor_loss = bc_loss + self.eta * q_loss
-        metrics["bc_loss"], metrics["q_loss"], metrics["actor_loss"] = bc_loss.detach(), q_loss.detach(), actor_loss.detach()
-        metrics["actor_grad_norm"] = self._descend(actor_loss, self.policy, self.policy_vector, self.policy_optimizer)
-        self._average()
-        self.step += 1
-        return metrics
 
-    @torch.no_grad()
-    def _target(self, batch, noise):
-        """y = r + γ·(1-done)·min_i Q'_i(s', a'), a' from the averaged policy; with max-Q each Q'_i is its best over 10 a'."""
-        _, q1, q2 = self._propose(self.policy_ema, batch.next_state, noise.target_x_T, noise.target_noises)
-        q = torch.min(q1.amax(dim=1, keepdim=True), q2.amax(dim=1, keepdim=True))
-        return batch.reward + self.discount * batch.not_done * q
+        # Target: y = r + γ·min_i Q'_i(s', a'), a' sampled by the averaged policy. With max-Q backup
+        # each Q'_i is its best over several a'.
+        with torch.no_grad():
+            next_action = self.policy_ema.sample(
+                batch.next_state, x_T=noise.target_x_T, noises=noise.target_noises
+            )
+            q1, q2 = self.critic_target(batch.next_state, next_action)
+            q1, q2 = (q.view(len(batch.state), -1).amax(dim=1, keepdim=True) for q in (q1, q2))
+            target = batch.reward + c.discount * batch.not_done * torch.min(q1, q2)
 
-    def _critic_loss(self, batch, target):
+        # Critics: the squared Bellman error (eq. 4).
         q1, q2 = self.critic(batch.state, batch.action)
-        return F.mse_loss(q1, target) + F.mse_loss(q2, target)
+        critic_loss = F.mse_loss(q1, target) + F.mse_loss(q2, target)
+        critic_grad_norm = self.gradient_step(self.critic_optimizer, critic_loss)
 
-    def _actor_losses(self, batch, noise):
+        # Policy: stay near the data (eq. 2), and climb the Q just updated through the whole chain
+        # (eq. 3). A coin says which critic; the other's mean |Q| takes the rewards' scale out of η.
         bc_loss = self.policy.bc_loss(batch.state, batch.action, t=noise.t, noise=noise.bc_noise)
-        if self.algo == "bc":
-            return bc_loss, torch.zeros_like(bc_loss)
         action = self.policy.sample(batch.state, x_T=noise.actor_x_T, noises=noise.actor_noises)
-        # L_q = -mean Q_i / mean|Q_j|: i and j exchange roles by a coin, so that neither critic is preferred. What it exchanges is
-        # their weights: one critic alone is then differentiated, and nothing has to wait to see how the coin fell.
-        heads, (one, two) = noise.coin > 0.5, self.critic_vector.detach().view(2, -1)
-        climbed = self.critic.single(torch.where(heads, one, two), batch.state, action)
-        scale = self.critic.single(torch.where(heads, two, one), batch.state, action.detach())
-        return bc_loss, -climbed.mean() / scale.abs().mean()
+        frozen = {name: p.detach() for name, p in self.critic.named_parameters()}
+        q1, q2 = functional_call(self.critic, frozen, (batch.state, action))
+        q, other = (q1, q2) if noise.coin > 0.5 else (q2, q1)
+        q_loss = -q.mean() / other.abs().mean().detach()
+        actor_loss = bc_loss + c.eta * q_loss
+        actor_grad_norm = self.gradient_step(self.policy_optimizer, actor_loss)
 
-    def _descend(self, loss, module, vector, optimizer):
-        """One clipped Adam step on loss; returns the gradient's norm before clipping."""
-        # Only this module's gradients are asked for: the critics get none from the actor's pass.
-        vector.grad = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, list(module.parameters()))])
-        norm = vector.grad.square().sum().sqrt()  # vector_norm was two digits less accurate here
-        if self.grad_norm > 0:
-            vector.grad.mul_((self.grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        # Averages: the target critics follow every update, the averaged policy every fifth.
+        self.move_averages()
+        metrics = {"critic_loss": critic_loss, "critic_grad_norm": critic_grad_norm}
+        metrics |= {"bc_loss": bc_loss, "q_loss": q_loss}
+        metrics |= {"actor_loss": actor_loss, "actor_grad_norm": actor_grad_norm}
+        return {name: value.detach() for name, value in metrics.items()}
+
+    def gradient_step(self, optimizer, loss) -> torch.Tensor:
+        """One step on loss, its gradient clipped -> the gradient's norm before clipping, ()"""
+        parameters = optimizer.param_groups[0]["params"]
+        optimizer.zero_grad()
+        loss.backward()
+        limit = self.config.grad_norm or math.inf
+        norm = nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
         optimizer.step()
-        self.count_write(module)
         return norm
 
     @torch.no_grad()
-    def _average(self):
-        """Target critics every update; the averaged policy every ema_every-th once ema_start is reached."""
-        due = (self.step % self.ema_every == 0) & (self.step >= self.ema_start)
-        self.policy_ema_vector.lerp_(self.policy_vector, (1 - self.ema_decay) * due)
-        if self.algo == "ql":
-            self.critic_target_vector.lerp_(self.critic_vector, self.tau)
-        self.count_write(self.policy_ema, self.critic_target)
+    def move_averages(self):
+        """An update is done: average <- (1 - rate)·average + rate·current."""
+        pairs = [(self.critic_target, self.critic, self.config.tau)] if self.algo == "ql" else []
+        if self.policy_average_is_due():
+            pairs.append((self.policy_ema, self.policy, 1 - self.config.ema_decay))
+        for average, current, rate in pairs:
+            for a, p in zip(average.parameters(), current.parameters()):
+                a.lerp_(p, rate)
+        self.step += 1
 
-    def count_write(self, *modules):
-        """Raise the version counters of these modules' parameters: a write to a flat vector, of which they are views, does not."""
-        torch.autograd.graph.increment_version([p for module in modules for p in module.parameters()])
+    def policy_average_is_due(self) -> bool:
+        """Whether the averaged policy moves in the update to come."""
+        return self.step >= self.config.ema_start and self.step % self.config.ema_every == 0
 
-    def _decay_rates(self):
-        if self.lr_decay_every == 0:
-            return
-        progress = (self.step // self.lr_decay_every / self.lr_decay_steps).clamp(max=1.0)
-        share = 0.5 * (1 + torch.cos(math.pi * progress))
-        for optimizer, lr in ((self.policy_optimizer, self.lr), (self.critic_optimizer, self.critic_lr)):
-            group = optimizer.param_groups[0]
-            if self.device.type == "cuda":
-                group["lr"].copy_(lr * share)
-            else:
-                group["lr"] = lr * float(share)
+    def draw_noise(self, batch_size: int) -> UpdateNoise:
+        """The randomness of the update to come."""
+        T, A = self.config.n_timesteps, self.policy.action_dim
+        B, n = batch_size, self.n_target_samples
+        t = torch.randint(T, (B,), generator=self.generator, device=self.device)
+        rows = B + (T + 1) * (B + n * B)
+        normals = torch.randn(rows, A, generator=self.generator, device=self.device)
+        bc, actor, target = normals.split([B, (T + 1) * B, (T + 1) * n * B])
+        actor, target = actor.view(T + 1, B, A), target.view(T + 1, n * B, A)
+        return UpdateNoise(target[0], target[1:], t, bc, actor[0], actor[1:], self.flip_coin())
 
-    def _propose(self, policy, state, x_T, noises):
-        """Sample n = len(x_T)/B actions per state and value them with both target critics. -> (B,n,A), (B,n), (B,n)"""
-
-        def sample_and_value(state, x_T, noises):
-            action = policy.sample(state, x_T=x_T, noises=noises)
-            return torch.cat([action, *self.critic_target(state, action)], dim=1)
-
-        rows = in_pieces(sample_and_value, state, x_T, noises).view(len(state), -1, policy.action_dim + 2)
-        return rows[..., :-2], rows[..., -2], rows[..., -1]
+    def flip_coin(self) -> float:
+        """1.0 or 0.0, a function of seed and step: one drawn by a GPU would be waited for."""
+        return float(random.Random(self.seed << 32 | self.step).random() > 0.5)
 
     @torch.no_grad()
     def act(self, state, n_candidates=50, *, generator=None):
-        """Actions for evaluation: n_candidates per state from the current policy, one picked by softmax of min(Q1', Q2').
+        """The offline choice: of n_candidates samples for each state, one by softmax of min Q'_i.
 
-        state (S,) or (N,S), numpy or torch -> (A,) or (N,A) of the same kind. With algo "bc" it is one plain sample.
+        state (S,) or (N,S), numpy or torch -> (A,) or (N,A) of the same kind
         """
         states = torch.as_tensor(state, dtype=torch.float32, device=self.device)
-        single, states = states.ndim == 1, states.view(-1, self.policy.state_dim)
-        N, n = len(states), 1 if self.algo == "bc" else n_candidates
-        noise = self._randn(self.policy.n_timesteps + 1, N * n, self.policy.action_dim, generator=generator)
-        if self.algo == "bc" and self._fused:
-            action = self._fused(states.contiguous(), noise[0], noise[1:])
-        elif self._fused and n == self._fused.n_candidates:
-            # torch.multinomial, below, divides by such exponential variates too, so both ways pick alike.
-            gumbel = -torch.empty(N, n, device=self.device).exponential_(generator=generator or self.generator).log()
-            action = self._fused(states.contiguous(), noise[0], noise[1:], gumbel)
-        elif n == 1:
-            action = self.policy.sample(states, x_T=noise[0], noises=noise[1:])
-        else:
-            actions, q1, q2 = self._propose(self.policy, states, noise[0], noise[1:])
-            pick = torch.multinomial(torch.softmax(torch.min(q1, q2), dim=1), 1, generator=generator or self.generator)
-            action = actions[torch.arange(N, device=self.device), pick[:, 0]]
-        action = action[0] if single else action
+        flat, generator = states.view(-1, self.policy.state_dim), generator or self.generator
+        shape = self.config.n_timesteps + 1, n_candidates * len(flat), self.policy.action_dim
+        noise = torch.randn(*shape, generator=generator, device=self.device)
+        actions, q = self.propose(flat, noise)
+        pick = torch.multinomial(q.softmax(dim=1), 1, generator=generator)
+        action = actions[torch.arange(len(flat), device=self.device), pick[:, 0]]
+        action = action.view(*states.shape[:-1], -1)
         return action.to(state.device) if torch.is_tensor(state) else action.cpu().numpy()
 
-    def __deepcopy__(self, memo):
-        # The copy's parameters would no longer be views of its flat vectors, and training it would change nothing.
-        raise TypeError("an agent cannot be deep-copied: make another DiffusionQL and load_state_dict(agent.state_dict())")
+    def propose(self, state, noise):
+        """n actions for each state (N,S) of noise (T+1, n·N, A), and their Q: (N,n,A), (N,n)"""
+        actions = self.policy.sample(state, x_T=noise[0], noises=noise[1:])
+        q = torch.min(*self.critic_target(state, actions))
+        return actions.view(len(state), -1, self.policy.action_dim), q.view(len(state), -1)
 
     def networks(self) -> dict:
-        return {name: getattr(self, name) for name in ("policy", "policy_ema", "critic", "critic_target")}
+        return {name: getattr(self, name) for name in self.NETWORKS}
 
     def state_dict(self) -> dict:
-        """Name -> tensor, everything an exact resume needs: weights, Adam's moments, step count, generator."""
-        state = {f"{m}.{k}": v for m, module in self.networks().items() for k, v in module.state_dict().items()}
-        for name, optimizer in (("policy", self.policy_optimizer), ("critic", self.critic_optimizer)):
-            for moment, v in optimizer.state[optimizer.param_groups[0]["params"][0]].items():
-                state[f"{name}_optimizer.{moment}"] = v
-        state["step"], state["generator"] = self.step, self.generator.get_state()
+        """Name -> tensor, all that an exact resume needs: weights, Adam's moments, randomness."""
+        state = {"step": torch.tensor(self.step), "seed": torch.tensor(self.seed)}
+        state["generator"] = self.generator.get_state()
+        for name, module in self.networks().items():
+            state |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
+        for name in ("policy_optimizer", "critic_optimizer"):
+            moments = list(getattr(self, name).state.values())
+            state[f"{name}.step"] = moments[0]["step"]
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[f"{name}.{key}"] = torch.cat([m[key].flatten() for m in moments])
         return state
 
     def load_state_dict(self, state: dict, *, weights_only=False):
-        """Restore what state_dict() gave; weights_only: just the networks, for acting. Raises KeyError or RuntimeError on a
-        missing name or a wrong shape."""
-        for m, module in self.networks().items():
-            module.load_state_dict({k[len(m) + 1 :]: v for k, v in state.items() if k.startswith(m + ".")})
+        """Restore, in place, what state_dict() gave; weights_only: the networks alone, for acting.
+        Raises KeyError or RuntimeError for a missing name or a wrong shape."""
+        for name, module in self.networks().items():
+            own = {k[len(name) + 1 :]: v for k, v in state.items() if k.startswith(f"{name}.")}
+            module.load_state_dict(own)
         if weights_only:
             return
-        for name, optimizer in (("policy", self.policy_optimizer), ("critic", self.critic_optimizer)):
-            # In place, as the weights: what was captured or fused goes on with them.
-            for moment, v in optimizer.state[optimizer.param_groups[0]["params"][0]].items():
-                saved = state[f"{name}_optimizer.{moment}"]
-                if saved.shape != v.shape:  # which copy_ would repeat, if it could
-                    raise RuntimeError(f"{name}_optimizer.{moment} is {tuple(saved.shape)}, not {tuple(v.shape)}")
-                v.copy_(saved)
-        self.step.copy_(state["step"])
+        for name in ("policy_optimizer", "critic_optimizer"):
+            moments = list(getattr(self, name).state.values())
+            for key in ("exp_avg", "exp_avg_sq"):
+                saved = state[f"{name}.{key}"].split([m[key].numel() for m in moments])
+                for m, value in zip(moments, saved):
+                    m[key].copy_(value.view_as(m[key]))
+            for m in moments:
+                m["step"].copy_(state[f"{name}.step"])
+        self.step, self.seed = int(state["step"]), int(state.get("seed", self.seed))
         self.generator.set_state(state["generator"])
 
 
-def load_released_checkpoint(directory, id=None, *, max_action=1.0, **how) -> DiffusionQL:
-    """An agent with the networks that the authors' code saved as actor_{id}.pth and critic_{id}.pth (actor.pth, critic.pth without id).
+class DiffusionBC(DiffusionQL):
+    """Cloning alone, the paper's Diffusion-BC: the critics are neither trained nor asked."""
 
-    Sizes, T and the schedule are read off the files; max_action, device and hyperparameters, which they do not hold, are given as
-    to DiffusionQL. The averages, which they do not hold either, start as the networks. Only tensors are unpickled, never code.
-    Raises ValueError, in one line, for a file that is missing, broken, holds more than tensors, or is of another network.
-    """
-    files = {name: Path(directory) / (f"{name}.pth" if id is None else f"{name}_{id}.pth") for name in ("actor", "critic")}
-    saved = {}
-    for name, path in files.items():
-        try:
-            saved[name] = torch.load(path, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise ValueError(f"there is no {path}; the authors' code saves actor_ID.pth and critic_ID.pth") from None
-        except Exception as e:  # of many kinds, as pickles break in many ways
-            raise ValueError(f"{path} cannot be read as tensors alone ({type(e).__name__}); nothing in it was run") from e
-        if not isinstance(saved[name], dict) or not all(map(torch.is_tensor, saved[name].values())):
-            raise ValueError(f"{path} holds no state_dict of tensors")
-    try:
-        betas, first = saved["actor"]["betas"], saved["actor"]["model.mid_layer.0.weight"]
-        action_dim, inputs = len(saved["actor"]["model.final_layer.bias"]), saved["critic"]["q1_model.0.weight"].shape[1]
-    except KeyError as e:
-        raise ValueError(f"{files['actor'].parent} holds no networks of the authors' code: {e} is missing") from None
-    schedules = [s for s in ("vp", "linear", "cosine") if torch.allclose(beta_schedule(s, len(betas)), betas.float(), atol=1e-6)]
-    if not schedules:
-        raise ValueError(f"the betas in {files['actor']} are of none of the schedules vp, linear and cosine")
-    agent = DiffusionQL(
-        inputs - action_dim, action_dim, hidden_dim=len(first), n_timesteps=len(betas), schedule=schedules[0], max_action=max_action, **how
-    )
-    policy = {name.removeprefix("model."): value for name, value in saved["actor"].items() if name.startswith("model.")}
-    for module, state, path in (
-        (agent.policy, policy, files["actor"]), (agent.policy_ema, policy, files["actor"]),
-        (agent.critic, saved["critic"], files["critic"]), (agent.critic_target, saved["critic"], files["critic"]),
-    ):  # fmt: skip
-        try:
-            module.load_state_dict(state)
-        except RuntimeError as e:
-            raise ValueError(f"{path} is of another network: {str(e).splitlines()[-1].strip()}") from None
-    return agent
+    algo = "bc"
+
+    def update(self, batch, noise: UpdateNoise | None = None) -> dict:
+        """One step on L_d (eq. 2); arguments and result as DiffusionQL.update's."""
+        batch = Batch(*batch)
+        noise = self.draw_noise(len(batch.state)) if noise is None else noise
+        loss = self.policy.bc_loss(batch.state, batch.action, t=noise.t, noise=noise.bc_noise)
+        grad_norm = self.gradient_step(self.policy_optimizer, loss)
+        self.move_averages()
+        return {"bc_loss": loss.detach(), "actor_grad_norm": grad_norm}
+
+    def act(self, state, n_candidates=1, *, generator=None):
+        """One sample for each state, whatever n_candidates; else as DiffusionQL.act."""
+        return super().act(state, 1, generator=generator)
+
+    def propose(self, state, noise):
+        actions = self.policy.sample(state, x_T=noise[0], noises=noise[1:])
+        return actions[:, None], torch.zeros_like(actions[:, :1])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Transitions
-# ---------------------------------------------------------------------------------------------------------------------
+def adam(module: nn.Module, lr: float) -> torch.optim.Adam:
+    optimizer = torch.optim.Adam(module.parameters(), lr=lr)
+    for p in module.parameters():  # create the state now: loading a checkpoint writes into it
+        zeros = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p] = {"step": torch.tensor(0.0), **zeros}
+    return optimizer
 
 
-def tune_rewards(rewards, how, *, terminals=None, observations=None, next_observations=None):
-    """The paper's reward transformations (N,) -> (N,) float32. Raises ValueError for an unknown name."""
-    if how == "none":
-        return rewards
-    if how == "cql":
-        return (rewards - 0.5) * 4
-    if how == "sparse":  # not the paper's: cql's differences between Q-values to 1 %, without the -2 a step
-        return rewards * 200
-    if how == "normalize":
-        return (rewards - rewards.mean()) / rewards.std()
-    if how == "iql_antmaze":
-        return rewards - 1
-    if how == "antmaze":
-        return (rewards - 0.25) * 2
-    if how == "iql_locomotion":
-        # A trajectory ends where the next row does not continue it.
-        ends = terminals.copy()
-        ends[:-1] |= np.abs(observations[1:] - next_observations[:-1]).max(axis=1) > 1e-6
-        starts = np.concatenate([[0], np.flatnonzero(ends[:-1]) + 1])
-        returns = np.add.reduceat(rewards.astype(np.float64), starts)
-        return (rewards / (returns.max() - returns.min()) * 1000).astype(np.float32)
-    raise ValueError(f"unknown reward_tune {how!r}; known: none, cql, sparse, normalize, iql_antmaze, antmaze, iql_locomotion")
+# ---- Data, and many updates ----------------------------------------------------------------------
 
 
 class Transitions:
@@ -758,534 +457,42 @@ class Transitions:
 
     def __init__(self, state, action, next_state, reward, terminal, device="cpu"):
         """numpy arrays (N,S), (N,A), (N,S), (N,), (N,)"""
-        columns = state, action, next_state, reward[:, None], 1.0 - terminal[:, None].astype(np.float32)
-        self.columns = [torch.as_tensor(np.ascontiguousarray(c, dtype=np.float32), device=device) for c in columns]
+        not_done = 1.0 - terminal[:, None].astype(np.float32)
+        columns = state, action, next_state, reward[:, None], not_done
+        columns = (np.ascontiguousarray(column, dtype=np.float32) for column in columns)
+        self.columns = [torch.as_tensor(column, device=device) for column in columns]
 
     def __len__(self):
         return len(self.columns[0])
 
     def sample(self, batch_size, generator) -> Batch:
-        index = torch.randint(len(self), (batch_size,), generator=generator, device=self.columns[0].device)
+        device = self.columns[0].device
+        index = torch.randint(len(self), (batch_size,), generator=generator, device=device)
         return Batch(*(column.index_select(0, index) for column in self.columns))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Many updates
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 class Updates:
-    """Updates of one or several agents, a loop over them, each on minibatches of its own. kernels.FusedUpdate does the same, fused.
+    """Updates of one or several agents, each on minibatches of its own."""
 
-    graph: each agent's update, from the minibatch's indices to Adam and the averages, is captured once in a CUDA graph, and
-    replayed. Raises ImportError without triton and kernels.UnsupportedError without a GPU.
-    """
+    def __init__(self, agents, transitions, batch_size):
+        self.agents, self.transitions, self.batch_size = agents, transitions, batch_size
 
-    def __init__(self, agents, transitions, batch_size, *, graph=False):
-        self.agents, self.sums, self.graph = agents, [{} for _ in agents], graph
-
-        def update(agent, sums):
-            for name, value in agent.update(transitions.sample(batch_size, agent.generator)).items():
-                sums[name] = sums[name].add_(value) if name in sums else value.clone()
-
-        self.updates = [functools.partial(update, agent, sums) for agent, sums in zip(agents, self.sums)]
-        if graph:
-            from kernels.graphs import Captured
-
-            for i, agent in enumerate(agents):
-                changed = [v for name, v in agent.state_dict().items() if name != "generator"]
-                self.updates[i] = Captured(self.updates[i], unchanged=changed, generators=[agent.generator]).replay
-
-    def run(self, n):
-        """n updates of each agent. -> for each the mean of every metric over them, a dict of 0-d tensors; nothing waits."""
-        for sums in self.sums:
-            for total in sums.values():
-                total.zero_()
+    def run(self, n: int) -> list[dict]:
+        """n updates of each agent -> for each the mean of every metric over them, 0-d tensors."""
+        sums = [{} for _ in self.agents]
         for _ in range(n):
-            for update in self.updates:
-                update()
-        if self.graph:  # a replay is seen by nobody
-            for agent in self.agents:
-                agent.count_write(*agent.networks().values())
-        return [{name: total / n for name, total in sums.items()} for sums in self.sums]
-
-
-def fuse_updates(agents, transitions, batch_size, precision):
-    """A kernels.FusedUpdate of the agents, tried on one batch and captured. Raises ImportError without triton, and ValueError for
-    what the kernels do not support, or where their gradients are not plain torch's."""
-    import kernels
-
-    agent, update = agents[0], kernels.FusedUpdate(agents, transitions, batch_size, precision)
-    before = [{name: value.clone() for name, value in a.state_dict().items()} for a in agents]
-    some = torch.arange(batch_size, device=agent.device) % len(transitions)
-    batch = Batch(*(column[some] for column in transitions.columns))
-    noise = agent.draw_noise(batch_size)
-    try:
-        metrics = agent.update(batch, noise)
-        agent.load_state_dict(before[0])
-        found = update.step([batch] * len(agents), [noise] * len(agents))[0]
-    finally:  # what fails here is trained some other way
-        for a, state in zip(agents, before):
-            a.load_state_dict(state)
-    for name, expected in metrics.items():
-        apart = abs(float(found[name]) - float(expected))
-        if not apart < 0.05 * max(abs(float(expected)), 0.1):  # fp16's rounding is a thousandth
-            kernels_, plain = float(found[name]), float(expected)
-            raise ValueError(f"on this device the kernels' {name} is {kernels_:.4g}, plain torch's {plain:.4g}")
-    update.capture()  # what may fail fails here, where there is something to fall back to
-    return update
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluation
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def evaluate(agent, task, config, n_episodes, step):
-    """n_episodes at once, one batched act() a step. -> (normalised score, tasks.Episodes)
-
-    Its randomness is its own, a function of the run's seed and the step: evaluating or not does not change the training.
-    """
-    from tqdm import tqdm
-
-    seed = 1_000_003 * config.seed + step
-    generator = torch.Generator(agent.device).manual_seed(seed)
-    with tqdm(total=task.episode_limit, desc="evaluating", unit="step", leave=False, dynamic_ncols=True) as bar:
-
-        def on_step(t, n_alive):
-            bar.update()
-            bar.set_postfix(episodes_running=n_alive, refresh=False)
-
-        def act(states):
-            try:
-                return agent.act(states, config.n_candidates, generator=generator)
-            except (RuntimeError, ValueError) as e:
-                if "cannot hold" in str(e):  # what the kernels say of weights
-                    raise UserError(f"at update {step:,} {e}: take --precision tf32 or fp32") from e
-                if "probability tensor" not in str(e) and "NaN" not in str(e):  # what torch.multinomial and the kernels say
-                    raise
-                raise UserError(f"Q(s, a) is not finite at update {step:,}: the run has diverged; lower --lr or --eta") from e
-
-        episodes = task.evaluate(
-            act,
-            n_episodes,
-            seed,
-            n_threads=config.threads or None,
-            on_step=on_step,
-        )
-    return float(np.mean(task.normalized_score(episodes.returns))), episodes
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The run: train, evaluate, save, resume
-# ---------------------------------------------------------------------------------------------------------------------
-
-LOG_EVERY = 100  # updates between looks at the losses: the only times the host waits for the device
-SAVE_SECONDS = 30  # a run killed at any moment loses at most this and one epoch
-
-
-def make_agent(config: Config, task, device) -> DiffusionQL:
-    decay_every = {"none": 0, "cosine": config.updates_per_epoch, "released": config.updates_per_epoch * config.eval_every}
-    names = (
-        "algo discount tau eta lr critic_lr grad_norm max_q_backup n_timesteps schedule ema_decay ema_start ema_every "
-        "hidden_dim seed"
-    )
-    return DiffusionQL(
-        task.state_dim,
-        task.action_dim,
-        max_action=task.max_action,
-        device=device,
-        # Differs: the released code steps its cosine once per evaluation, 20 to 40 times in all, so the rate hardly decays.
-        lr_decay_every=decay_every[config.lr_decay],
-        lr_decay_steps=config.epochs,
-        **{name: getattr(config, name) for name in names.split()},
-    )
-
-
-def choose_acting(config: Config, agents: list) -> None:
-    """Let the agents act with the fused kernels where config asks for them, or where they can run on their GPU."""
-    if config.backend not in ("auto", "fused") or (config.backend == "auto" and agents[0].device.type != "cuda"):
-        return
-    try:
-        import kernels
-
-        reason = kernels.why_not()
-        if not reason:
-            for agent in agents:
-                agent.fuse(config.n_candidates, config.precision)
-    except Exception as e:  # whatever stands in the way, a compiler's failure included, plain torch can act
-        reason = first_line(e)
-    if reason and config.backend == "fused":
-        raise UserError(f"--backend fused cannot be had: {reason}")
-    if reason:
-        print(f"acting with plain torch, not with the fused kernels: {reason}", flush=True)
-
-
-def choose_updates(config: Config, agents: list, transitions):
-    """What makes the updates: config.backend, or the fastest of fused, graph and eager that works here. -> has run(n), as Updates."""
-    on_gpu = agents[0].device.type == "cuda"
-    backends = [config.backend] if config.backend != "auto" else ["fused", "graph", "eager"] if on_gpu else ["eager"]
-    for backend in backends:
-        try:
-            return make_updates(backend, config, agents, transitions)
-        except Exception as e:  # whatever stands in the way, a compiler's failure included, the next slower one may work
-            if config.backend != "auto" or backend == backends[-1]:
-                raise UserError(f"--backend {backend} cannot be had: {first_line(e)}") from e
-            print(f"updates will not be {backend}: {first_line(e)}", flush=True)
-
-
-def make_updates(backend: str, config: Config, agents: list, transitions):
-    """Raises ImportError, ValueError or whatever a compiler raises where this backend cannot work."""
-    on_gpu = agents[0].device.type == "cuda"
-    if backend == "fused":
-        import kernels
-
-        if reason := kernels.why_not():
-            raise ValueError(reason)
-        return fuse_updates(agents, transitions, config.batch_size, config.precision)
-    if backend == "compile":
-        if not on_gpu and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-            raise ValueError("it needs a C++ compiler, and there is none: install g++")
-        for agent in agents:
-            agent.compile()
-    return Updates(agents, transitions, config.batch_size, graph=backend == "graph" or (backend == "compile" and on_gpu))
-
-
-def first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
-
-
-def load_transitions(config: Config, task, dataset, device) -> Transitions:
-    with np.errstate(divide="ignore", invalid="ignore"):  # looked at below
-        rewards = tune_rewards(
-            dataset.rewards,
-            config.reward_tune,
-            terminals=dataset.terminals,
-            observations=dataset.observations,
-            next_observations=dataset.next_observations,
-        )
-    if not np.isfinite(rewards).all():  # all rewards, or all trajectories' returns, are the same
-        raise UserError(f"--reward-tune {config.reward_tune} divides by 0 on {dataset.label}; take another, or none")
-    return Transitions(
-        dataset.observations, dataset.actions, dataset.next_observations, rewards, dataset.terminals, device=device
-    )
-
-
-def train(config: Config) -> list:
-    """Train as config says, or continue config.resume, and print the scores of every selection rule. -> a RunFolder a seed"""
-    import tasks
-    from run_folder import RunError, RunFolder, restore, save_tensors, versions
-
-    device = choose_device(config)
-    task = tasks.get(config.env)
-    if not config.resume:
-        RunFolder.require_writable(config.out)
-    # Every seed of a run learns from the same data.
-    log = lambda line: print(line, flush=True)  # noqa: E731
-    dataset = tasks.load(task, config.data, seed=0, n_generated=config.n_generated, repair=config.repair_data, log=log)
-    data = dataset.fingerprint()
-    # Each is the run that it would be alone, and can be resumed and evaluated alone.
-    configs = [replace(config, seed=seed, seeds=(), resume=()) for seed in config.seeds or (config.seed,)]
-    agents = [make_agent(c, task, device) for c in configs]
-    choose_acting(config, agents)
-    updates = choose_updates(config, agents, load_transitions(config, task, dataset, device))
-    if config.resume:
-        runs = [RunFolder(path) for path in config.resume]
-        for run, agent in zip(runs, agents):
-            saved = run.config()["data"]
-            if saved["crc32"] != data["crc32"]:
-                raise RunError(f"{run.path} was trained on {saved['label']}, this is {data['label']}: not the same transitions")
-            restore(agent, run.path / "resume.safetensors")
-        steps = {int(agent.step) for agent in agents}
-        if len(steps) > 1:
-            raise RunError(f"these runs stand at different updates ({', '.join(map(str, sorted(steps)))}): resume them one by one")
-        for run in runs:
-            run.rewind_log(*steps)
-        print(f"resumed at update {int(agents[0].step):,} of {config.epochs * config.updates_per_epoch:,}")
-    else:
-        when, runs = time.strftime("%Y%m%d-%H%M%S"), []
-        for c, agent in zip(configs, agents):
-            name = f"{c.env}-{c.algo}-{dataset.source}-seed{c.seed}-{when}"
-            runs.append(RunFolder.create(config.out, name, {"config": asdict(c), "data": data, "versions": versions()}))
-            save_tensors(runs[-1].path / "resume.safetensors", agent.state_dict())
-    paths = [str(run.path) for run in runs]
-    where = paths[0] if len(runs) == 1 else f"{Path(config.out)}, a folder for each of seeds {' '.join(str(c.seed) for c in configs)}"
-    print(f"{config.algo} on {data['label']}, {len(dataset):,} transitions, {device}; everything goes to {where}", flush=True)
-    try:
-        run_epochs(configs, agents, updates, task, data["label"], runs)
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; go on with: python dql.py --resume {' '.join(paths)}")
-        raise
-    print(f"normalised scores, {data['label']}:")
-    selections = [run.select(config.top_k) for run in runs]
-    for rule in selections[0]:
-        chosen = [selection[rule] for selection in selections]
-        scores = [c["score"] for c in chosen]
-        if len(runs) == 1:
-            print(f"  {rule:<17}{scores[0]:6.1f}   (update {chosen[0]['step']:,})")
-        else:
-            print(f"  {rule:<17}{mean_and_spread(scores)}   ({', '.join(f'{score:.1f}' for score in scores)})")
-    return runs
-
-
-def mean_and_spread(scores) -> str:
-    """Over seeds; the spread is their standard deviation."""
-    return f"{np.mean(scores):6.1f} ± {np.std(scores, ddof=1):.1f}"
-
-
-def run_epochs(configs, agents, updates, task, label, runs):
-    """The training loop: epochs of updates, and evaluations after every eval_every of them and after the last."""
-    from tqdm import tqdm
-
-    from run_folder import save_tensors
-
-    config = configs[0]
-    step, total, saved_at = int(agents[0].step), config.epochs * config.updates_per_epoch, time.monotonic()
-    with tqdm(total=total, initial=step, unit="update", desc=config.algo, dynamic_ncols=True, smoothing=0.05) as bar:
-        while True:
-            due = step > 0 and (step % (config.eval_every * config.updates_per_epoch) == 0 or step == total)
-            for c, agent, run in zip(configs, agents, runs):
-                # A run killed in the middle of an evaluation finds it missing here and makes it again.
-                if due and all(e["step"] != step for e in run.evaluations()):
-                    evaluate_and_record(c, agent, task, label, run, f"seed {c.seed}, " if len(runs) > 1 else "")
-            latest = [run.evaluations()[-1]["score"] for run in runs if run.evaluations()]
-            if due and len(runs) > 1:
-                tqdm.write(f"update {step:,}: score {mean_and_spread(latest)} over {len(runs)} seeds ({label})")
-            if step == total:
-                return
-            started = time.monotonic()
-            losses = run_epoch(config, agents, updates, bar, f"{np.mean(latest):.1f} on {label}" if latest else "none yet")
-            step = int(agents[0].step)
-            rate = config.updates_per_epoch / (time.monotonic() - started)
-            for run, means in zip(runs, losses):
-                run.log("epoch", step, **means, updates_per_second=rate)
-            evaluation_follows = step % (config.eval_every * config.updates_per_epoch) == 0 or step == total
-            if evaluation_follows or time.monotonic() - saved_at > SAVE_SECONDS:
-                for agent, run in zip(agents, runs):
-                    save_tensors(run.path / "resume.safetensors", agent.state_dict())
-                saved_at = time.monotonic()
-
-
-def run_epoch(config, agents, updates, bar, score) -> list:
-    """updates_per_epoch updates of each agent -> for each the mean of every metric. Raises UserError when one is not finite."""
-    sums, n_updates = [{} for _ in agents], config.updates_per_epoch
-    for i in range(0, n_updates, LOG_EVERY):
-        n = min(LOG_EVERY, n_updates - i)
-        chunk = n if agents[0].device.type == "cuda" else 1  # on a CPU the bar moves with every update
-        windows = [{} for _ in agents]
-        for _ in range(0, n, chunk):
-            for window, means in zip(windows, updates.run(chunk)):
-                window |= {k: window.get(k, 0.0) + v * chunk for k, v in means.items()}
-            bar.update(chunk)
-        for agent, window, total in zip(agents, windows, sums):
-            window = {k: float(v) for k, v in window.items()}
-            broken = [k for k, v in window.items() if not math.isfinite(v)]
-            if broken:
-                whose = f"seed {agent.seed}: " if len(agents) > 1 else ""
-                raise UserError(
-                    f"{whose}{broken[0]} became {window[broken[0]]} between updates {int(agent.step) - n:,} and "
-                    f"{int(agent.step):,}; the last good checkpoint is kept: lower --lr or --eta, or raise --batch-size"
-                )
-            total |= {k: total.get(k, 0.0) + v for k, v in window.items()}
-        shown = ("bc_loss", "q_loss", "critic_loss")
-        means = {k: f"{np.mean([total[k] for total in sums]) / (i + n):.4g}" for k in shown if k in sums[0]}
-        bar.set_postfix(**means, score=score, refresh=False)
-    return [{k: v / n_updates for k, v in total.items()} for total in sums]
-
-
-def evaluate_and_record(config, agent, task, label, run, whose):
-    """Evaluate, log, keep the networks, select, draw."""
-    from tqdm import tqdm
-
-    from run_folder import save_tensors
-
-    step, started = int(agent.step), time.monotonic()
-    score, episodes = evaluate(agent, task, config, config.eval_episodes, step)
-    seconds = time.monotonic() - started
-    since = max([e["step"] for e in run.evaluations()], default=0)
-    bc_loss = float(np.mean([r["bc_loss"] for r in run.records if r["kind"] == "epoch" and r["step"] > since]))
-    weights = {k: v for k, v in agent.state_dict().items() if k.startswith(tuple(f"{m}." for m in agent.networks()))}
-    save_tensors(run.checkpoint(step), weights, {"step": step, "score": score, "data": label})
-    task.draw(episodes, run.path / f"episodes_{step:08d}.png", f"{config.env}, update {step:,}: score {score:.1f}\n{label}")
-    mean_length = float(np.mean(episodes.lengths))
-    run.log("evaluation", step, score=score, bc_loss=bc_loss, mean_length=mean_length, seconds=seconds, data=label)
-    run.select(config.top_k)
-    run.draw_curve(f"{config.env}, {config.algo}\n{label}")
-    tqdm.write(f"{whose}update {step:,}: score {score:.1f} ({label}), {len(episodes.returns)} episodes in {seconds:.0f} s")
-
-
-def evaluate_run(config: Config):
-    """--eval: load a run's chosen checkpoint, evaluate it, draw the episodes, and film an episode if asked."""
-    import tasks
-
-    run, task, agent, chosen = load_run(config.eval, config)
-    choose_acting(config, [agent])
-    score, episodes = evaluate(agent, task, config, config.episodes or config.eval_episodes, chosen["step"] + 1)
-    title = f"{config.env}, {config.which} (update {chosen['step']:,}): score {score:.1f}"
-    picture = run.path / f"episodes_eval_{config.which}.png"
-    task.draw(episodes, picture, f"{title}\n{chosen['data']}")
-    spread = float(np.std(task.normalized_score(episodes.returns)) / math.sqrt(len(episodes.returns)))
-    print(f"{title} ± {spread:.1f} (standard error of {len(episodes.returns)} episodes; {chosen['data']}); picture in {picture}")
-    if config.render:
-        generator = torch.Generator(agent.device).manual_seed(config.seed)
-        act = lambda state: agent.act(state, config.n_candidates, generator=generator)  # noqa: E731
-        print(f"filmed one episode with return {tasks.film(config.env, act, config.render, config.seed):.1f}: {config.render}")
-
-
-def export_run(config: Config):
-    """--export: load a run's chosen checkpoint and write its policy for use without this project."""
-    from export import export_policy
-
-    folder, file = config.export
-    run, _, agent, chosen = load_run(folder, config)
-    made = run.config()
-    facts = {"run": run.path.resolve().name, "task": config.env, **chosen, "crc32": made["data"]["crc32"]}
-    facts |= {"seed": config.seed, "quick": config.quick, "versions": made["versions"]}
-    for path in export_policy(agent, file, n_candidates=config.n_candidates, facts=facts):
-        print(f"wrote {path}, {path.stat().st_size:,} bytes")
-    print(f"{config.env}, {config.which} (update {chosen['step']:,}): score {chosen['score']:.1f} ({chosen['data']})")
-
-
-def load_run(folder: str, config: Config):
-    """-> a run, its task, its agent with the weights that --which chooses, and that line of its selection"""
-    import tasks
-    from run_folder import RunFolder, load_json, restore
-
-    run, task = RunFolder(folder), tasks.get(config.env)
-    chosen = load_json(run.path / "selection.json")[config.which]
-    agent = make_agent(config, task, choose_device(config))
-    restore(agent, run.path / chosen["checkpoint"], weights_only=True)
-    return run, task, agent, chosen
-
-
-def choose_device(config: Config) -> torch.device:
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    torch.set_float32_matmul_precision(config.matmul_precision)
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    try:
-        return torch.Generator(torch.empty(0, device=name).device).device
-    except (RuntimeError, AssertionError) as e:
-        raise UserError(f"--device {name} cannot be used: {str(e).splitlines()[0]}") from e
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def check(config: Config) -> None:
-    """Raises UserError for values no run can have."""
-    one_or_more = "epochs updates_per_epoch eval_every eval_episodes batch_size n_timesteps hidden_dim ema_every n_candidates"
-    zero_or_more = "eta lr critic_lr grad_norm ema_start top_k episodes threads seed"
-    at_least = {"n_generated": 2, **dict.fromkeys(one_or_more.split(), 1), **dict.fromkeys(zero_or_more.split(), 0)}
-    for name, least in at_least.items():
-        value = getattr(config, name)
-        if not value >= least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
-        if isinstance(value, int) and value >= 2**31:  # what torch can take
-            raise UserError(f"--{name.replace('_', '-')} must be less than 2**31, not {value}")
-    for name in ("discount", "tau", "ema_decay"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise UserError(f"--{name.replace('_', '-')} must lie between 0 and 1, not {getattr(config, name)}")
-    choices = dict(
-        algo=("ql", "bc"),
-        backend=("auto", "eager", "compile", "graph", "fused"),
-        precision=("fp16", "tf32", "fp16x3", "fp32"),
-        matmul_precision=("highest", "high", "medium"),
-        schedule=("vp", "linear", "cosine"),
-        lr_decay=("none", "cosine", "released"),
-        reward_tune=("none", "cql", "sparse", "normalize", "iql_antmaze", "antmaze", "iql_locomotion"),
-        which=("last", "best", "offline", "offline_released"),
-    )
-    for name, known in choices.items():
-        if getattr(config, name) not in known:
-            raise UserError(f"unknown --{name.replace('_', '-')} {getattr(config, name)!r}; known: {', '.join(known)}")
-    for seed in config.seeds:
-        if not 0 <= seed < 2**31:
-            raise UserError(f"--seeds must be at least 0 and less than 2**31, not {seed}")
-    if len(set(config.seeds)) < len(config.seeds):
-        raise UserError(f"--seeds {' '.join(map(str, config.seeds))} names a seed twice: two agents would be the same")
-    if bool(config.resume) + bool(config.eval) + bool(config.export) > 1:
-        raise UserError("--resume, --eval and --export exclude each other")
-    if config.export and len(config.export) != 2:
-        raise UserError(f"--export takes a run and a file to write, as in --export runs/NAME policy.pt2, not {len(config.export)} names")
-    if config.render and not config.eval:
-        raise UserError("--render films a finished run: name it with --eval")
-
-
-def parse_arguments(argv: list[str]) -> Config:
-    """The command line over the recipe of its task, or over the config of the run to resume or evaluate."""
-    import tyro
-
-    import tasks
-
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for option in ("--env", "--eval"):
-        first.add_argument(option)
-    for option in ("--resume", "--export"):
-        first.add_argument(option, nargs="+", default=[])
-    first.add_argument("--quick", action="store_true")
-    chosen, _ = first.parse_known_args(argv)
-    if "" in (*chosen.resume, chosen.eval, *chosen.export):  # what a script with an unset variable passes: not a new run
-        raise UserError("--resume, --eval and --export take the folder of a run, for example runs/NAME; got an empty name")
-    folders = chosen.resume or ([chosen.eval] if chosen.eval else chosen.export[:1])
-    if folders:
-        made = [saved_config(folder) for folder in folders]
-        default = made[0]
-        for folder, config in zip(folders[1:], made[1:]):
-            odd = [k for k, v in asdict(config).items() if k not in ("seed", "out", "threads", "backend") and v != getattr(default, k)]
-            if odd:
-                raise UserError(f"{folder} was made with another --{odd[0]} than {folders[0]}: they cannot be resumed together")
-        if len(made) > 1:
-            default = replace(default, seeds=tuple(config.seed for config in made))
-    else:
-        env = tasks.get(chosen.env or Config.env).name  # an unknown task is refused before anything else is read
-        default = recipe_config(env, chosen.quick)
-    config = tyro.cli(Config, args=argv, default=default, description=__doc__.split("\n\nThe algorithm (")[0])
-    check(config)
-    if folders:
-        free = "eval which episodes render device threads backend seed n_candidates"
-        free = "resume threads backend" if config.resume else "export which device threads n_candidates" if config.export else free
-        changed = [k for k, v in asdict(config).items() if k not in free.split() and v != getattr(default, k)]
-        if changed:
-            raise UserError(f"{folders[0]} was made with another --{changed[0].replace('_', '-')}, and keeps its own")
-    if config.data not in ("auto", "d4rl", "generated") and not config.data.startswith("minari:"):
-        config.data = str(Path(config.data).expanduser().absolute())  # so that the run can be resumed from any folder
-    return config
-
-
-def saved_config(folder: str) -> Config:
-    """The Config that a run was made with. Raises UserError for one of another version."""
-    from run_folder import RunFolder
-
-    try:
-        return Config(**{**RunFolder(folder).config()["config"], "seeds": (), "resume": (), "eval": "", "export": ()})
-    except (KeyError, TypeError) as e:
-        raise UserError(f"{folder}/config.json is not one that this version of dql.py wrote: {e}") from e
+            for agent, total in zip(self.agents, sums):
+                metrics = agent.update(self.transitions.sample(self.batch_size, agent.generator))
+                total |= {name: total.get(name, 0.0) + v for name, v in metrics.items()}
+        return [{name: v / n for name, v in total.items()} for total in sums]
 
 
 def main(argv: list[str] | None = None) -> int:
-    from run_folder import RunError
-    from tasks import TaskError
-
     try:
-        config = parse_arguments(sys.argv[1:] if argv is None else argv)
-        what = evaluate_run if config.eval else export_run if config.export else train
-        what(config)
-    except (UserError, TaskError, RunError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
-    except (MemoryError, RuntimeError) as e:
-        # torch has no class of its own for a CPU's memory.
-        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(e):
-            raise
-        where = "the GPU's memory" if isinstance(e, torch.OutOfMemoryError) else "memory"
-        print(f"error: {where} is full ({first_line(e)}); take fewer --seeds, --n-candidates or a smaller --batch-size", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+        from trainer.command import main as run
+    except ImportError as e:
+        sys.exit(f"error: D4RL tasks need the whole project and its requirements.txt: {e}")
+    return run(argv)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
     python -m bench.acting              # on a CPU a minute and a half; not run on a GPU yet
     python -m bench.acting --quick      # one state and 100 states, under a minute
 
-On a GPU: dql.py's act, plain and compiled, their tensor part in a CUDA graph, the fused actor launched directly and in a graph,
-and, for one state, what a control loop waits for: numpy observation in, numpy action out. On a CPU: the straightforward agent,
-dql.py, and dql.py compiled. Before timing, candidates and values are checked against float64
+plain is dql.py's act as it is, eager what kernels/eager.py makes of it, compile that with its tensor part compiled. On a GPU also
+the tensor part in a CUDA graph, the fused actor launched directly and in a graph, and, for one state, what a control loop waits
+for: numpy observation in, numpy action out. Before timing, candidates and values are checked against float64
 as in bench/sampling.py, and the choice against them; what is wrong is left out and named. Written to
 bench/results/acting_DEVICE.json, a line per figure appended to bench/results/acting.csv.
 """
@@ -19,10 +19,16 @@ from functools import lru_cache
 import torch
 
 from bench.rounding import allowed
-from bench.sampling import ACTION_DIM, STATE_DIM, arithmetic, flops_per_action, make_noise
-from bench.straightforward import StraightforwardDQL
-from bench.timing import Figures, ceiling, has_compiler, parse_options, peaks
+from bench.sampling import (
+    ACTION_DIM,
+    STATE_DIM,
+    arithmetic,
+    flops_per_action,
+    make_noise,
+)
+from bench.timing import Figures, ceiling, parse_options, peaks
 from dql import DiffusionQL
+from kernels import eager
 
 CANDIDATES = 50
 CHECKED_STATES = 8  # at least: rounding errors in the values of one state are alike
@@ -69,26 +75,28 @@ def check_fused(agent, actor, state) -> float:
     return found[1]
 
 
-def agent_at(device, compiled: bool) -> DiffusionQL:
+def agent_at(device, quick: bool, compiled: bool = False) -> DiffusionQL:
+    """dql.py as it is, or quick, as kernels/eager.py makes it; always with the same weights."""
     agent = DiffusionQL(STATE_DIM, ACTION_DIM, device=device, seed=0)
+    if quick:
+        eager.speed_up(agent)
     if compiled:
-        agent._propose = torch.compile(agent._propose, dynamic=False)
+        agent.propose = torch.compile(agent.propose, dynamic=False)
     return agent
 
 
 def cpu_calls(agent, state, compiled: bool) -> dict:
     """Name -> () -> (what to time, None)."""
-    plain = StraightforwardDQL(agent)
-    torch.manual_seed(2)  # the straightforward agent draws from torch's own generator, in dql.py's order
-    expected = plain.act(state, CANDIDATES)
+    expected = agent.act(state, CANDIDATES, generator=torch.Generator().manual_seed(2))
 
     def checked(other):
         actions = other.act(state, CANDIDATES, generator=torch.Generator().manual_seed(2))
         torch.testing.assert_close(actions, expected, rtol=0, atol=2e-5)
         return lambda: other.act(state, CANDIDATES), None
 
-    calls = {"straightforward": lambda: (lambda: plain.act(state, CANDIDATES), None), "dql": lambda: checked(agent)}
-    return calls | ({"dql compiled": lambda: checked(agent_at("cpu", True))} if compiled else {})
+    calls = {"plain": lambda: (lambda: agent.act(state, CANDIDATES), None)}
+    calls["eager"] = lambda: checked(agent_at("cpu", True))
+    return calls | ({"compile": lambda: checked(agent_at("cpu", True, True))} if compiled else {})
 
 
 def gpu_calls(agent, state, compiled: bool) -> dict:
@@ -103,8 +111,8 @@ def gpu_calls(agent, state, compiled: bool) -> dict:
         @torch.no_grad()
         def act(state):
             noise = torch.randn(agent.policy.n_timesteps + 1, CANDIDATES * len(state), ACTION_DIM, device=state.device)
-            actions, q1, q2 = agent._propose(agent.policy, state, noise[0], noise[1:])
-            pick = (torch.min(q1, q2) - torch.empty_like(q1).exponential_().log()).argmax(1)
+            actions, q = agent.propose(state, noise)
+            pick = (q - torch.empty_like(q).exponential_().log()).argmax(1)
             return actions[torch.arange(len(state), device=state.device), pick]
 
         return Captured(act, state).replay
@@ -119,20 +127,22 @@ def gpu_calls(agent, state, compiled: bool) -> dict:
         return lambda: act(observation), None
 
     @lru_cache
-    def quick():
-        return agent_at(state.device, True)
+    def quick(compiled=False):
+        return agent_at(state.device, True, compiled)
 
-    calls = {"eager": lambda: (lambda: agent.act(state, CANDIDATES), None), "eager, graph": lambda: (in_graph(agent), None)}
+    calls = {"plain": lambda: (lambda: agent.act(state, CANDIDATES), None)}
+    calls["eager"] = lambda: (lambda: quick().act(state, CANDIDATES), None)
+    calls["eager, graph"] = lambda: (in_graph(quick()), None)
     if compiled:
-        calls["compile"] = lambda: (lambda: quick().act(state, CANDIDATES), None)
-        calls["compile, graph"] = lambda: (in_graph(quick()), None)
+        calls["compile"] = lambda: (lambda: quick(True).act(state, CANDIDATES), None)
+        calls["compile, graph"] = lambda: (in_graph(quick(True)), None)
     for precision in PRECISIONS:
         calls[f"fused {precision}"] = lambda p=precision: fused(p, False)
         if precision == "fp16":
             calls["fused fp16, graph"] = lambda: fused("fp16", True)
     if len(state) == 1:
         observation = state[0].cpu().numpy()
-        calls["eager, numpy to numpy"] = lambda: (lambda: agent.act(observation, CANDIDATES), None)
+        calls["eager, numpy to numpy"] = lambda: (lambda: quick().act(observation, CANDIDATES), None)
         calls["fused fp16, graph, numpy to numpy"] = on_host
     return calls
 
@@ -156,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     for n in sizes:
         agent = agent_at(device, False)
         state = make_noise(agent.policy, n, device)[0]
-        compiled = has_compiler() if not on_gpu else n in (1, 100) and not options.quick
+        compiled = eager.has_compiler() if not on_gpu else n in (1, 100) and not options.quick
         calls = {}
         makers = figures.attempt(f"{n} states", lambda: (gpu_calls if on_gpu else cpu_calls)(agent, state, compiled)) or {}
         for name, make in makers.items():

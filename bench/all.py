@@ -1,14 +1,16 @@
-"""Everything that a new GPU should be asked, in one command: what matters most first, and nothing waits for anything to be right.
+"""Everything that a new GPU should be asked, in one command, what matters most first.
 
-    python -m bench.all                     # half an hour with 16 cores, by estimate; not run on a GPU yet
+    python -m bench.all                     # half an hour with 16 cores, estimated
     python -m bench.all --minutes 10        # what fits into ten minutes
     python -m bench.all --parts tests run   # some of it
 
-Parts, in this order: first (bench.first: the kernels against float64, and a few timings), tests (the kernels' tests on this GPU),
-training, acting, sampling, run (the paper's whole antmaze-umaze run on generated data), bandit (drawn by the fused sampler) and
-pictures. Without a GPU there are training, acting, sampling and pictures. Each is a process of its own that prints as it goes and
-writes what it knows; one that fails or overruns is named in the end, where the exit status says so, and the next one begins.
-Figures go to bench/results (--out), as each part says.
+Parts, in this order: first (bench.first: the kernels against float64, and a few timings), tests
+(the kernels' tests on this GPU), training, acting, sampling, run (the paper's whole antmaze-umaze
+run on generated data), bandit (experiments.bandit, drawn by the fused sampler) and pictures.
+Without a GPU there are training, acting, sampling and pictures. Each is a process of its own that
+prints as it goes and writes what it knows. If one fails or overruns, the next one begins, and it is
+named at the end, where the exit status says so. Figures go to bench/results and
+experiments/results; with --out all go there.
 """
 
 import argparse
@@ -24,42 +26,44 @@ from typing import NamedTuple
 
 import torch
 
-from bench.timing import RESULTS
-
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = [f"tests/test_{name}.py" for name in ("ops", "packing", "sampler", "actor", "update", "graphs", "rounding")]
-OVERRUN = 2  # times its estimate, after which a part is ended: one that hangs leaves time to the others
+TESTED = "ops packing sampler actor update graphs rounding".split()
+TESTS = [f"tests/test_{name}.py" for name in TESTED]
+OVERRUN = 2  # times its estimate, after which a part is ended: one that hangs leaves time to others
 GRACE = 5  # seconds to say so
 
 
 class Part(NamedTuple):
     command: list  # after python -m
     seconds: int  # estimated of compilers' CPU time and 16 cores; measured on no GPU yet
-    quick_seconds: int = 0  # with --quick, where there is that
-    asks_gpu: bool = False  # and nothing else
+    quick_seconds: int = 0  # with --quick, if it has that
+    needs_gpu: bool = False
 
 
-def parts(out: Path) -> dict:
-    """Name -> Part, the most valuable first."""
-    to = ["--out", str(out)]
+def parts(out: Path | None) -> dict:
+    """Name -> Part, the most valuable first. out: folder of the figures, None for each its own."""
+    to = ["--out", str(out)] if out else []
     pytest = ["pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider", *TESTS]
-    # A test that hangs in a call to the GPU hears no signal; where it is a worker's, that is ended and replaced.
+    # A test that hangs in a call to the GPU hears no signal; if it is a worker's, that is replaced.
     pytest += ["-n", str(os.cpu_count())] if find_spec("xdist") else []
-    pytest += ["--timeout", "120", "--timeout-method", "thread"] if find_spec("pytest_timeout") else []
+    if find_spec("pytest_timeout"):
+        pytest += ["--timeout", "120", "--timeout-method", "thread"]
+    bandit = ["experiments.bandit", "--quick", "--fused", *to]
+    pictures = ["bench.plot", *(["--results", str(out)] if out else [])]
     return {
-        "first": Part(["bench.first", *to], 240, asks_gpu=True),
-        "tests": Part(pytest, 200, asks_gpu=True),
+        "first": Part(["bench.first", *to], 240, needs_gpu=True),
+        "tests": Part(pytest, 200, needs_gpu=True),
         "training": Part(["bench.training", *to], 300, 100),
         "acting": Part(["bench.acting", *to], 180, 60),
         "sampling": Part(["bench.sampling", *to], 330, 100),
-        "run": Part(["bench.training", "--full-run", *to], 330, asks_gpu=True),
-        "bandit": Part(["bench.bandit", "--quick", "--fused", *to], 120, asks_gpu=True),
-        "pictures": Part(["bench.plot", "--results", str(out)], 15),
+        "run": Part(["bench.training", "--full-run", *to], 330, needs_gpu=True),
+        "bandit": Part(bandit, 120, needs_gpu=True),
+        "pictures": Part(pictures, 15),
     }
 
 
 def fitted(part: Part, left: float, quick: bool) -> tuple[list, float] | None:
-    """(command, estimate) of the part or of its quick form, whichever fits into the seconds that are left; None if neither does."""
+    """(command, estimate) of the part or its quick form, whichever fits into the seconds left."""
     if part.seconds <= left and not (quick and part.quick_seconds):
         return part.command, part.seconds
     if part.quick_seconds and part.quick_seconds <= left:
@@ -68,10 +72,11 @@ def fitted(part: Part, left: float, quick: bool) -> tuple[list, float] | None:
 
 
 def run(command: list, limit: float) -> str:
-    """python -m command, which prints as it goes. -> why it failed, or nothing"""
+    """python -m command, which prints as it goes -> why it failed, or nothing"""
+    words = [sys.executable, "-m", *command]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     # A session of its own, so that it can be ended with all the processes that it has started.
-    process = subprocess.Popen([sys.executable, "-m", *command], cwd=ROOT, env=environment, start_new_session=True)
+    process = subprocess.Popen(words, cwd=ROOT, env=environment, start_new_session=True)
     try:
         status = process.wait(limit)
     except subprocess.TimeoutExpired:
@@ -88,26 +93,28 @@ def run(command: list, limit: float) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="how long it may take; default: as long as it does")
-    parser.add_argument("--quick", action="store_true", help="each part's quick form, where it has one")
-    parser.add_argument("--parts", nargs="+", choices=list(parts(RESULTS)), help="default: all")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    add, ever = parser.add_argument, float("inf")
+    add("--minutes", type=float, default=ever, help="how long it may take; default: any time")
+    add("--quick", action="store_true", help="each part's quick form, if it has one")
+    add("--parts", nargs="+", choices=list(parts(None)), help="default: all")
+    add("--out", type=Path, help="folder of the results")
     options = parser.parse_args(argv)
     start, outcome, on_gpu = time.monotonic(), {}, torch.cuda.is_available()
 
     def say(what):
         print(f"== {time.monotonic() - start:4.0f} s: {what}", flush=True)
 
-    for name, part in parts(options.out.absolute()).items():
+    for name, part in parts(options.out and options.out.absolute()).items():
         if options.parts and name not in options.parts:
             continue
-        if part.asks_gpu and not on_gpu:
+        if part.needs_gpu and not on_gpu:
             say(f"{name} is left out: no CUDA GPU was found")
             continue
         left = 60 * options.minutes - (time.monotonic() - start)
         fits = fitted(part, left, options.quick)
         if fits is None:
-            say(f"{name} is left out: it takes about {part.quick_seconds or part.seconds} s, and {left:.0f} s are left")
+            takes = f"it takes about {part.quick_seconds or part.seconds} s"
+            say(f"{name} is left out: {takes}, and {left:.0f} s are left")
             continue
         command, seconds = fits
         say(f"{name}: python -m {' '.join(command)}")

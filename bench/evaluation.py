@@ -19,11 +19,11 @@ import mujoco
 import numpy as np
 
 import tasks
-from bench.machine import describe
 from bench.timing import RESULTS
-from dql import recipe_config
-from run_folder import save_json
 from tasks.simulation import available_cores
+from trainer.folder import save_json
+from trainer.options import recipe_options
+from trainer.provenance import describe
 
 KINDS = [
     "hopper-medium-v2", "halfcheetah-medium-v2", "walker2d-medium-v2",
@@ -58,7 +58,7 @@ def step_vector(envs) -> tuple[int, float]:
 
 def measure(name: str, n_threads: int, rounds: int) -> dict:
     """-> contestant: steps a second, the median of the rounds"""
-    task, many = tasks.get(name), recipe_config(name).eval_episodes
+    task, many = tasks.get(name), recipe_options(name).eval_episodes
     make = lambda mode: gymnasium.make_vec(name, num_envs=FEW, vectorization_mode=mode)  # noqa: E731
     sync, parallel = make("sync"), make("async")
     contestants = {

@@ -21,11 +21,11 @@ import torch
 
 from bench import training
 from bench.acting import CANDIDATES, agent_at, check_fused
-from bench.machine import describe
 from bench.sampling import Contestant, check, make_noise, make_policy
 from bench.timing import QUANTILES, RESULTS, device_slug, measure, peaks
 from dql import Updates
-from run_folder import save_json
+from trainer.folder import save_json
+from trainer.provenance import describe
 
 ROOT = Path(__file__).resolve().parents[1]
 REPEATS = 200
@@ -102,9 +102,11 @@ def update(precision: str, device, n: int = 200) -> None:
 
 
 def graph(_, device, n: int = 200) -> None:
+    from kernels.graphs import GraphUpdates
+
     launched, captured = (
-        trained(device, lambda agent, transitions: Updates([agent], transitions, training.BATCH, graph=how).run(n))
-        for how in (False, True)
+        trained(device, lambda agent, transitions: updates([agent], transitions, training.BATCH).run(n))
+        for updates in (Updates, GraphUpdates)
     )
     apart = float((launched - captured).abs().max())
     say(f"eager updates, {n} times: captured as launched", ok=apart < 1e-3, apart=apart)  # cuBLAS may choose another product

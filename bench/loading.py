@@ -113,8 +113,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def save(figures: list[dict], options: argparse.Namespace) -> None:
-    from bench.machine import describe  # only here: they bring torch, and a process that is measured should be small
-    from run_folder import save_json
+    from trainer.folder import save_json
+    from trainer.provenance import (
+        describe,  # only here: they bring torch, and a process that is measured should be small
+    )
 
     options.out.mkdir(parents=True, exist_ok=True)
     save_json(options.out / "loading.json", {**describe(), "repeats": options.repeats, "figures": figures})

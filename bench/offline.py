@@ -25,7 +25,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench.machine import describe
 from bench.timing import RESULTS
 from dql import DiffusionQL
 from kernels import training, update
@@ -33,7 +32,8 @@ from kernels.actor import _actor
 from kernels.packing import HIDDEN_DIMS, PRECISIONS
 from kernels.sampler import _sampler
 from kernels.tiles import ARCHITECTURES, LITTLE_MEMORY, choose_actor_tile, choose_tile
-from run_folder import save_json
+from trainer.folder import save_json
+from trainer.provenance import describe
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 COUNTED = ("HGMMA", "LDGSTS", "UTCHMMA", "HMMA", "FFMA", "MUFU", "LDL", "STL", "BPT")

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import dql
+from kernels import eager
 
 LOG2E = math.log2(math.e)
 TILE = 16  # rows that share a power of two, as in kernels/tiles.py's small tiles
@@ -97,28 +98,20 @@ class RoundedNetwork(torch.autograd.Function):
 def imitate(precision: str) -> None:
     """From now on, in this process, the networks of dql.py round as the kernels do: fp16 or tf32."""
 
-    def condition(self, state, n_rows):
-        first = self.mid_layer[0]
-        w_action, w_time, w_state = first.weight.split([self.action_dim, self.TIME_DIM, self.state_dim], dim=1)
-        time_share = F.linear(self.time_mlp(torch.arange(self.n_timesteps, device=state.device)), w_time, first.bias)
-        return torch.cat([w_action, w_state], dim=1), time_share, state.repeat_interleave(n_rows // len(state), 0)
-
-    def noise(self, x, t, condition):
-        w_1, time_share, state = condition
+    def predict_noise(self, x, t, state):
+        first, times = self.mid_layer[0], torch.arange(self.n_timesteps, device=state.device)
+        widths = [self.action_dim, self.TIME_DIM, self.state_dim]
+        w_action, w_time, w_state = first.weight.split(widths, dim=1)
+        w_1, of_times = torch.cat([w_action, w_state], dim=1), F.linear(self.time_mlp(times), w_time, first.bias)
         later = [p for layer in (*self.mid_layer[2::2], self.final_layer) for p in (layer.weight, layer.bias)]
-        return RoundedNetwork.apply(precision, torch.cat([x, state], dim=1), time_share[t], w_1, *later)
-
-    def value(parameters, state, action):
-        w_1, b_1, *later = parameters
-        return RoundedNetwork.apply(precision, torch.cat([state, action], dim=1), b_1, w_1, *later)
+        return RoundedNetwork.apply(precision, torch.cat([x, state], dim=1), of_times[t], w_1, *later)
 
     def forward(self, state, action):
-        state = state.repeat_interleave(len(action) // len(state), 0)
-        return tuple(value(model.parameters(), state, action) for model in (self.q1_model, self.q2_model))
+        x, found = torch.cat([state.repeat_interleave(len(action) // len(state), 0), action], dim=1), []
+        for model in (self.q1_model, self.q2_model):
+            w_1, b_1, *later = model.parameters()
+            found.append(RoundedNetwork.apply(precision, x, b_1, w_1, *later))
+        return tuple(found)
 
-    def single(self, weights, state, action):
-        parameters = list(self.q1_model.parameters())
-        return value((w.view_as(p) for w, p in zip(weights.split([p.numel() for p in parameters]), parameters)), state, action)
-
-    dql.DiffusionPolicy._condition, dql.DiffusionPolicy._noise = condition, noise
-    dql.TwinCritic.forward, dql.TwinCritic.single = forward, single
+    dql.DiffusionPolicy.predict_noise, dql.TwinCritic.forward = predict_noise, forward
+    eager.speed_up_networks = lambda policies, critics: None  # which would go around these

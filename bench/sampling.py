@@ -3,9 +3,9 @@
     python -m bench.sampling              # on a CPU about a minute; not run on a GPU yet
     python -m bench.sampling --quick      # a few sizes, under two minutes
 
-On a GPU: dql.py's chain as it is, in a CUDA graph, under torch.compile (default, that in a graph, and max-autotune with its own),
-the fused kernel launched directly and in a graph, at every precision. On a CPU: the straightforward chain, dql.py's hoisted one,
-and that compiled. Each contestant draws its own noise. Before it is timed, it gets the noise handed in and may differ from the
+plain is dql.py's chain as it is, eager the one that kernels/eager.py makes of it. On a GPU also that in a CUDA graph, under
+torch.compile (default, that in a graph, and max-autotune with its own), and the fused kernel launched directly and in a graph, at
+every precision; on a CPU also that compiled. Each contestant draws its own noise. Before it is timed, it gets the noise handed in and may differ from the
 chain in float64 by so many times what the eager chain does at the same precision (bench/rounding.py), or is left out and named.
 
 Figures: milliseconds a call (20th, 50th and 80th percentile), actions/s, the ratio to the first contestant, and TFLOP/s with
@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from bench.rounding import allowed, to_tf32
-from bench.straightforward import Diffusion
-from bench.timing import Figures, ceiling, has_compiler, measure, parse_options, peaks
+from bench.timing import Figures, ceiling, measure, parse_options, peaks
 from dql import DiffusionPolicy
+from kernels import eager
 
 STATE_DIM, ACTION_DIM = 29, 8
 COLUMNS = ["T", "batch", "contestant", "precision", "p20", "p50", "p80", "ratio", "actions_per_s", "tflops", "share", "error"]
@@ -69,21 +69,30 @@ def draw_outside(function, state, policy):
     return draw
 
 
+def sped_up(policy):
+    policy = copy.deepcopy(policy)
+    eager.speed_up_networks([policy], [])
+    return policy
+
+
+def chain_of(policy):
+    return lambda state, x_T, noises: policy.sample(state, x_T=x_T, noises=noises)
+
+
 def cpu_contestants(policy, state, compiled: bool) -> dict:
     """Name -> () -> Contestant."""
-    plain = Diffusion(STATE_DIM, ACTION_DIM, policy.final_layer.in_features, policy.n_timesteps)
-    plain.model.load_state_dict(policy.state_dict())
-    chain = lambda s, x, z: policy.sample(s, x_T=x, noises=z)  # noqa: E731
+    quick = sped_up(policy)
+    chain = chain_of(quick)
 
-    def quick():
-        chain_ = torch.compile(chain)
-        return Contestant(draw_outside(chain_, state, policy), chain_)
+    def compiled_chain():
+        compiled = torch.compile(chain)
+        return Contestant(draw_outside(compiled, state, policy), compiled)
 
     found = {
-        "straightforward": lambda: Contestant(lambda: plain.sample(state), plain.sample),
-        "dql": lambda: Contestant(lambda: policy.sample(state), chain),
+        "plain": lambda: Contestant(lambda: policy.sample(state), chain_of(policy)),
+        "eager": lambda: Contestant(lambda: quick.sample(state), chain),
     }
-    return found | ({"dql compiled": quick} if compiled else {})
+    return found | ({"compile": compiled_chain} if compiled else {})
 
 
 def gpu_contestants(policy, state, compiled: bool, autotuned: bool, precisions) -> dict:
@@ -91,7 +100,8 @@ def gpu_contestants(policy, state, compiled: bool, autotuned: bool, precisions) 
     from kernels import FusedSampler
     from kernels.graphs import Captured
 
-    chain = lambda s, x, z: policy.sample(s, x_T=x, noises=z)  # noqa: E731
+    sped = sped_up(policy)
+    chain = chain_of(sped)
 
     @lru_cache
     def quick(mode):
@@ -103,8 +113,9 @@ def gpu_contestants(policy, state, compiled: bool, autotuned: bool, precisions) 
         return Contestant(draw, sampler, precision)
 
     found = {
-        "eager": lambda: Contestant(lambda: policy.sample(state), chain),
-        "eager, graph": lambda: Contestant(Captured(policy.sample, state).replay, chain),
+        "plain": lambda: Contestant(lambda: policy.sample(state), chain_of(policy)),
+        "eager": lambda: Contestant(lambda: sped.sample(state), chain),
+        "eager, graph": lambda: Contestant(Captured(sped.sample, state).replay, chain),
     }
     if compiled:
         draw = lambda: draw_outside(quick("default"), state, policy)  # noqa: E731
@@ -123,11 +134,10 @@ def gpu_contestants(policy, state, compiled: bool, autotuned: bool, precisions) 
 class RoundedProducts(TorchFunctionMode):
     """Float32 products of operands rounded to TF32: cuBLAS, where it may use TF32, still may not for few rows."""
 
-    OPERANDS = {F.linear: (0, 1), torch.addmm: (1, 2)}
-
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        where = self.OPERANDS.get(function, ())
-        return function(*(to_tf32(x) if i in where else x for i, x in enumerate(args)), **(kwargs or {}))
+        if function is F.linear:
+            args = to_tf32(args[0]), to_tf32(args[1]), *args[2:]
+        return function(*args, **(kwargs or {}))
 
 
 def arithmetic(precision: str, device: str):
@@ -206,7 +216,7 @@ def tile_figures(batches, device, seconds: float) -> list[dict]:
 def cases(device, quick: bool) -> list[tuple[int, int, dict]]:
     """(T, batch, which contestants)."""
     if device.type != "cuda":
-        compiled = has_compiler()
+        compiled = eager.has_compiler()
         sizes = {5: (1, 256)} if quick else {5: (1, 64, 256, 2560, 16384), 50: (1, 256)}
         return [(T, n, {"compiled": compiled and T == 5}) for T, batches in sizes.items() for n in batches]
     from kernels.packing import PRECISIONS

@@ -2,9 +2,7 @@
 
 import argparse
 import csv
-import os
 import re
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench.machine import describe
-from run_folder import save_json
+from trainer.folder import save_json
+from trainer.provenance import describe
 
 RESULTS = Path(__file__).parent / "results"
 QUANTILES = ("p20", "p50", "p80")
@@ -31,11 +29,6 @@ def parse_options(doc: str, quick: str, argv: list[str] | None) -> argparse.Name
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     return options
-
-
-def has_compiler() -> bool:
-    """Whether torch.compile can work on a CPU."""
-    return any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++"))
 
 
 def time_calls(call: Callable, n: int, device: torch.device) -> float:

@@ -1,11 +1,11 @@
-"""The update, from a transcription of the paper to a handful of fused launches, for one agent and for several.
+"""The update, from plain dql.py to a handful of fused launches, for one agent and for several.
 
     python -m bench.training              # on a GPU: every rung; on a CPU: one thread, then all cores; minutes
     python -m bench.training --quick      # less than a minute, for a first look
     python -m bench.training --full-run   # instead: the paper's antmaze-umaze run, 1M updates and 20 evaluations, on generated data
 
-Rungs: straightforward (the paper's algorithm as one would write it down), eager (dql.py), compile (torch.compile'd losses),
-and on a GPU graph (an eager update in a CUDA graph), compile + graph, and kernels.FusedUpdate at each precision. Each rung draws
+Rungs: plain (dql.py as it is), eager (as kernels/eager.py makes it), compile (that under torch.compile), and on a GPU graph (the
+eager update in CUDA graphs), compile + graph, and kernels.FusedUpdate at each precision. Each rung draws
 its own minibatches from transitions on the device. Before anything is timed they are given the same weights, batch and noise and
 must agree, or are left out and named; a graph replays what was checked. Then they take turns, so that a busy moment of the
 machine meets them all; quoted are the 20th, 50th and 80th percentiles of an update in ms, and the ratio of medians to the first.
@@ -17,19 +17,28 @@ import argparse
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from bench.machine import describe
-from bench.straightforward import StraightforwardDQL
-from bench.timing import QUANTILES, RESULTS, Figures, ceiling, device_name, device_slug, has_compiler, peaks
-from dql import Batch, DiffusionQL, Transitions, Updates, recipe_config, train
-from run_folder import save_json
+from bench.timing import (
+    QUANTILES,
+    RESULTS,
+    Figures,
+    ceiling,
+    device_name,
+    device_slug,
+    peaks,
+)
+from dql import Batch, DiffusionQL, Transitions, Updates
+from kernels import eager
+from trainer.folder import save_json
+from trainer.provenance import describe
 
 STATE_DIM, ACTION_DIM, BATCH, HIDDEN, T = 29, 8, 256, 256, 5
 SETTINGS = dict(eta=0.5, grad_norm=2.0, ema_start=0)
-BASELINE = "straightforward"
+BASELINE = "plain"
 FUSED = ("fp16", "tf32", "fp16x3", "fp32")  # measured with one agent without max-Q; elsewhere the first alone
 COLUMNS = ["threads", "workload", "contestant", "seeds", *QUANTILES, "ratio", "updates_per_s", "launches", "share"]
 
@@ -48,13 +57,16 @@ def random_transitions(n: int, device) -> Transitions:
 
 
 def make_agents(n: int, max_q_backup: bool, device="cpu") -> list:
-    return [DiffusionQL(STATE_DIM, ACTION_DIM, max_q_backup=max_q_backup, **SETTINGS, seed=i, device=device) for i in range(n)]
+    how = {"max_q_backup": max_q_backup, **SETTINGS, "device": device}
+    return [DiffusionQL(STATE_DIM, ACTION_DIM, seed=i, **how) for i in range(n)]
 
 
-def make_compiled(n: int, max_q_backup: bool, device) -> list:
+def make_quick(n: int, max_q_backup: bool, device, compiled: bool = False) -> list:
     agents = make_agents(n, max_q_backup, device)
     for agent in agents:
-        agent.compile()
+        eager.speed_up(agent)
+        if compiled:
+            eager.compile_update(agent)
     return agents
 
 
@@ -69,9 +81,9 @@ def contestants(max_q_backup: bool, compiled: bool, device="cpu") -> dict:
 
         return FusedUpdate(agent(), None, BATCH, precision)
 
-    found = {BASELINE: lambda: StraightforwardDQL(agent()), "eager": agent}
+    found = {BASELINE: agent, "eager": lambda: make_quick(1, max_q_backup, device)[0]}
     if compiled:
-        found["compile"] = lambda: make_compiled(1, max_q_backup, device)[0]
+        found["compile"] = lambda: make_quick(1, max_q_backup, device, True)[0]
     if torch.device(device).type == "cuda":
         found |= {f"fused {p}": lambda p=p: fused(p) for p in precisions(1, max_q_backup)}
     return found
@@ -116,38 +128,35 @@ def rounds(name: str) -> bool:
     return name in ("fused fp16", "fused tf32")
 
 
-class Straightforward:
-    """The baseline with the interface of dql.Updates."""
-
-    def __init__(self, agent, transitions):
-        self.agent, self.transitions, self.generator = StraightforwardDQL(agent), transitions, agent.generator
-
-    def run(self, n):
-        for _ in range(n):
-            self.agent.update(self.transitions.sample(BATCH, self.generator))
-
-
 def rungs(n_seeds: int, max_q_backup: bool, compiled: bool, transitions, device) -> dict:
     """Name -> () -> an object whose run(n) makes n updates of n_seeds agents; the fused one makes them side by side."""
 
-    def agents():
+    def plain():
         return make_agents(n_seeds, max_q_backup, device)
+
+    def quick(compiled=False):
+        return make_quick(n_seeds, max_q_backup, device, compiled)
 
     def fused(precision):
         from kernels import FusedUpdate
 
-        return FusedUpdate(agents(), transitions, BATCH, precision)
+        return FusedUpdate(plain(), transitions, BATCH, precision)
+
+    def in_graphs(agents):
+        from kernels.graphs import GraphUpdates
+
+        return GraphUpdates(agents, transitions, BATCH)
 
     on_gpu, found = device.type == "cuda", {}
     if n_seeds == 1:
-        found[BASELINE] = lambda: Straightforward(agents()[0], transitions)
-        found["eager"] = lambda: Updates(agents(), transitions, BATCH)
+        found[BASELINE] = lambda: Updates(plain(), transitions, BATCH)
+        found["eager"] = lambda: Updates(quick(), transitions, BATCH)
         if on_gpu:
-            found["graph"] = lambda: Updates(agents(), transitions, BATCH, graph=True)
+            found["graph"] = lambda: in_graphs(quick())
         if compiled:
-            found["compile"] = lambda: Updates(make_compiled(1, max_q_backup, device), transitions, BATCH)
+            found["compile"] = lambda: Updates(quick(True), transitions, BATCH)
             if on_gpu:
-                found["compile, graph"] = lambda: Updates(make_compiled(1, max_q_backup, device), transitions, BATCH, graph=True)
+                found["compile, graph"] = lambda: in_graphs(quick(True))
     if on_gpu:
         found |= {f"fused {p}": lambda p=p: fused(p) for p in precisions(n_seeds, max_q_backup)}
     return found
@@ -198,8 +207,11 @@ def tried(rung, n: int):
 
 def full_run(options) -> None:
     """The paper's run on generated data, by the command line's own function. Into bench/results/full_run_DEVICE.json."""
-    config = recipe_config("antmaze-umaze-v0")
-    config.data, config.out, config.precision = "generated", str(options.runs), options.precision
+    from trainer.loop import train  # only here: it brings the environments
+    from trainer.options import recipe_options
+
+    how = {"data": "generated", "out": str(options.runs), "precision": options.precision}
+    config = replace(recipe_options("antmaze-umaze-v0"), **how)
     start = time.perf_counter()
     run = train(config)[0]
     wall = time.perf_counter() - start
@@ -231,8 +243,8 @@ def main(argv: list[str] | None = None) -> int | None:
     if options.full_run:
         return full_run(options)
     device, on_gpu = options.device, options.device.type == "cuda"
-    compiled = (on_gpu or options.compile) and has_compiler() and not (on_gpu and options.quick)
-    if options.compile and not has_compiler():
+    compiled = (on_gpu or options.compile) and eager.has_compiler() and not (on_gpu and options.quick)
+    if options.compile and not eager.has_compiler():
         print("no C++ compiler found (install g++ or set CXX): the compiled rungs are left out")
     threads = [torch.get_num_threads()] if on_gpu else options.threads
     threads = threads or ([1] if options.quick else sorted({1, torch.get_num_threads()}))

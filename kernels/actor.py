@@ -92,6 +92,7 @@ class FusedActor:
         devices = [next(m.parameters()).device for m in (policy, critic)]
         require(devices[0] == devices[1], f"the policy is on {devices[0]}, the critic on {devices[1]}")
         self.policy, self.critic = PackedPolicy([policy], precision), PackedCritic([critic], precision)
+        self.networks = [self.policy, self.critic]
         self.device, self.arch = self.policy.device, architecture(self.policy.device)
         self.n_candidates, self.greedy, self.seed = n_candidates, greedy, seed
         self.counter = torch.zeros(2, dtype=torch.int32, device=self.device)  # as FusedSampler's, of states

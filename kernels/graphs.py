@@ -2,6 +2,7 @@
 
     act = Captured(actor, states)          # or policy.sample, or a torch.compile'd function: whatever waits for nothing
     actions = act(other_states)            # copied into the graph's own input; the output is overwritten by each call
+    updates = GraphUpdates(agents, transitions, 256)  # has run(n), as dql.Updates
 
 This is the one place that knows of capture, warm-up and static buffers. A graph replays the same launches on the same memory:
 shapes are fixed, and random numbers are fresh only if their state lives on the device, as that of torch's generators and of the
@@ -10,11 +11,13 @@ fused kernels does.
 
 import gc
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 import torch
+from torch.autograd.graph import increment_version
 
-from . import packing
+from .eager import fuse_adam
 from .packing import on, require
 
 WARM_UP = 3  # calls before the capture: kernels are compiled and libraries initialised, which must not be recorded
@@ -31,26 +34,32 @@ def _graph(generators) -> torch.cuda.CUDAGraph:
 class Captured:
     """function(*inputs) -> tensor or tensors, captured for inputs of these shapes on a CUDA device.
 
-    Each call copies its inputs in, replays, and returns the graph's output, which the next call overwrites. Networks that
-    fused kernels in it have packed are packed again first where they have changed. Making the graph calls the function; the
-    tensors `unchanged` and the torch generators `generators`, from which it may draw, are afterwards what they were, also where
-    it fails. device is where function works, by default where the first of inputs and unchanged is. Raises UnsupportedError
-    without a GPU and for inputs of another shape, dtype or device, and what function raises.
+    Each call copies its inputs in, replays, and returns the graph's output, which the next call overwrites. fused: the
+    FusedSamplers and FusedActors that function calls, itself if it is one; networks that they have packed are packed again before
+    a replay where they have changed. Making the graph calls the function; the tensors `unchanged` and the torch generators
+    `generators`, from which it may draw, are afterwards what they were, also where it fails. device is where function works, by
+    default where the first of inputs and unchanged is. Raises UnsupportedError without a GPU, for inputs of another shape, dtype
+    or device and for fused calls that were not named, and what function raises.
     """
 
-    def __init__(self, function, *inputs: torch.Tensor, unchanged=(), generators=(), device=None):
+    def __init__(self, function, *inputs: torch.Tensor, fused=(), unchanged=(), generators=(), device=None):
         require(torch.cuda.is_available(), "CUDA graphs need a CUDA GPU, and none was found")
         self.function = function  # keeps alive what the graph reads
+        fused = [*fused, function] if hasattr(function, "networks") else fused
+        self.packed = [packed for f in fused for packed in f.networks]
+        for packed in self.packed:
+            packed.captured = True
         self.inputs = [x.clone() for x in inputs]
         self.device = torch.device(device or next((x.device for x in (*inputs, *unchanged)), "cuda"))
-        before = [x.clone() for x in unchanged], [g.get_state() for g in generators]
+        before = [x.detach().clone() for x in unchanged], [g.get_state() for g in generators]
         try:
             with on(self.device):  # a capture sees the launches of the current device alone
                 self._warm_up()
                 self._capture(generators)
         finally:
-            for x, value in zip(unchanged, before[0]):
-                x.copy_(value)
+            with torch.no_grad():
+                for x, value in zip(unchanged, before[0]):
+                    x.copy_(value)
             for generator, state in zip(generators, before[1]):
                 generator.set_state(state)
 
@@ -69,7 +78,6 @@ class Captured:
         gc.collect()
         collects, before, pool, failure = gc.isenabled(), torch.cuda.current_stream(), torch.cuda.graph_pool_handle(), None
         gc.disable()
-        packing.captured = []
         try:
             # A stream of this device: torch's own choice is of the one that was current at the process's first capture.
             with torch.cuda.graph(self.graph, pool=pool, stream=torch.cuda.Stream()):
@@ -78,7 +86,6 @@ class Captured:
                 except Exception as e:
                     failure = e
                     raise
-            self.packed = packing.captured
         except Exception as e:
             # torch stays on the captured stream, goes on taking memory for the graph, and says only that there was an earlier error.
             torch.cuda.set_stream(before)
@@ -88,7 +95,6 @@ class Captured:
                 self._release(generators)
             raise failure or e
         finally:
-            packing.captured = None
             if collects:
                 gc.enable()
 
@@ -114,6 +120,82 @@ class Captured:
         return self.output
 
 
+class GraphUpdates:
+    """dql.Updates with every update one replay of a CUDA graph, from the minibatch's indices to Adam and the averages.
+
+    The updates of an agent are not all alike: a coin says which critic is climbed, and the averaged policy moves in some. Each kind
+    has a graph of its own. Raises UnsupportedError without a GPU, and what a capture raises.
+    """
+
+    def __init__(self, agents, transitions, batch_size):
+        self.agents, self.sums = agents, [{} for _ in agents]
+        self.rates = [[_capturable(o) for o in _optimizers(agent)] for agent in agents]
+        self.graphs = []
+        for agent, sums in zip(agents, self.sums):
+            kinds = {(moves, coin > 0.5): (step, coin) for moves, step in _steps(agent).items() for coin in (0.0, 1.0)}
+            graphs = {kind: self._capture(agent, transitions, batch_size, sums, *of) for kind, of in kinds.items()}
+            self.graphs.append(graphs)
+        for agent, rates in zip(agents, self.rates):
+            for optimizer, rate in zip(_optimizers(agent), rates):
+                optimizer.param_groups[0]["lr"] = float(rate)  # a number again, for whoever sets it
+
+    def _capture(self, agent, transitions, batch_size, sums, step, coin):
+        """An update of the kind that it is at this step with this coin."""
+
+        def update():
+            agent.step = step
+            batch = transitions.sample(batch_size, agent.generator)
+            metrics = agent.update(batch, replace(agent.draw_noise(batch_size), coin=coin))
+            for name, value in metrics.items():
+                sums[name] = sums[name].add_(value) if name in sums else value.clone()
+
+        before, changed = agent.step, [p for network in agent.networks().values() for p in network.parameters()]
+        changed += [x for optimizer in _optimizers(agent) for state in optimizer.state.values() for x in state.values()]
+        try:
+            return Captured(update, unchanged=changed, generators=[agent.generator])
+        finally:
+            agent.step = before
+
+    def run(self, n: int) -> list[dict]:
+        """n updates of each agent. -> for each the mean of every metric over them, a dict of 0-d tensors; nothing waits."""
+        for agent, sums, rates in zip(self.agents, self.sums, self.rates):
+            for total in sums.values():
+                total.zero_()
+            for optimizer, rate in zip(_optimizers(agent), rates):
+                rate.fill_(optimizer.param_groups[0]["lr"])
+        for _ in range(n):
+            for agent, graphs in zip(self.agents, self.graphs):
+                graphs[agent.policy_average_is_due(), agent.flip_coin() > 0.5].replay()
+                agent.step += 1
+        for agent in self.agents:  # a replay is seen by nobody
+            increment_version([p for network in agent.networks().values() for p in network.parameters()])
+        return [{name: total / n for name, total in sums.items()} for sums in self.sums]
+
+
+def _optimizers(agent) -> tuple:
+    return agent.policy_optimizer, agent.critic_optimizer
+
+
+def _capturable(optimizer) -> torch.Tensor:
+    """Let an Adam be captured -> its learning rate, which a captured step reads from the device."""
+    fuse_adam(optimizer)
+    group = optimizer.param_groups[0]
+    device = group["params"][0].device
+    rate = torch.tensor(float(group["lr"]), device=device)
+    if device.type == "cuda":
+        group["capturable"], group["lr"] = True, rate
+    return rate
+
+
+def _steps(agent) -> dict:
+    """Whether the averaged policy moves -> a step at which it does, or does not."""
+    before, first, found = agent.step, agent.config.ema_start, {}
+    for agent.step in range(max(0, first - 1), first + agent.config.ema_every + 1):
+        found[agent.policy_average_is_due()] = agent.step
+    agent.step = before
+    return found
+
+
 class NumpyActor:
     """numpy observations -> numpy actions by one graph replay: copy in, act, copy out. For control loops.
 
@@ -131,7 +213,8 @@ class NumpyActor:
             state.copy_(host_state, non_blocking=True)
             return action.copy_(actor(state), non_blocking=True)
 
-        self.captured = Captured(from_host_to_host, device=state.device)
+        fused = [actor] if hasattr(actor, "networks") else []
+        self.captured = Captured(from_host_to_host, fused=fused, device=state.device)
         self.state, self.action = host_state.numpy(), action.numpy()
 
     def __call__(self, state: np.ndarray) -> np.ndarray:

@@ -7,8 +7,6 @@ from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 import triton
-from torch.autograd.graph import increment_version
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 PRECISIONS = ("fp16", "tf32", "fp16x3", "fp32")
 HIDDEN_DIMS = (128, 256, 512)
@@ -53,17 +51,6 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def _count_step(optimizer, *_) -> None:
-    """torch's fused optimizers write to parameters without raising their version counters."""
-    increment_version([p for group in optimizer.param_groups for p in group["params"]])
-
-
-register_optimizer_step_post_hook(_count_step)
-
-# What is packed and read by the graph that is being captured, for graphs.Captured; None at other times.
-captured: list | None = None
-
-
 def to_tf32(x: torch.Tensor) -> torch.Tensor:
     """Finite float32 x rounded to eleven significant bits, halves away from 0, as ops.to_tf32 does."""
     return ((x.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
@@ -103,7 +90,7 @@ class _Packed:
         self.low = torch.zeros_like(self.weights) if precision == "fp16x3" else self.weights
         self.biases = biases  # of a network: one for each timestep
         self.bias = torch.zeros(n_networks * biases, 3 * H + self.OUT, device=self.device)
-        self._seen = None
+        self._seen, self.captured = None, False  # captured: by a graph that packs changed weights before it replays
         self.refresh()
 
     def _networks(self, module):
@@ -124,8 +111,8 @@ class _Packed:
     def stale(self) -> bool:
         """Whether the parameters may have changed since they were packed: each tensor counts the writes to it.
 
-        Only what writes out of sight, through .data or by replaying a graph, has to raise those counters itself
-        (torch.autograd.graph.increment_version) or to call refresh().
+        Some writes are not counted: through .data, by a replayed graph, by torch's optimizers with fused=True. Whoever makes them
+        raises the counters (torch.autograd.graph.increment_version), as dql.py's agents do in any case, or calls refresh().
         """
         return self._seen != self._state_of_training()
 
@@ -134,10 +121,10 @@ class _Packed:
         self._seen = self._state_of_training()
 
     def freshen(self) -> None:
-        """Pack again if need be."""
-        if captured is not None:
-            captured.append(self)
-        if self.stale():
+        """Pack again if need be. A capture is refused by what no graphs.Captured looks after: replays would keep today's weights."""
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            require(self.captured, "name what is fused to the graph, as in Captured(function, ..., fused=[actor]): it packs changed weights")
+        elif self.stale():
             self.refresh()
 
     @torch.no_grad()

@@ -53,6 +53,7 @@ class FusedSampler:
 
     def __init__(self, policy, precision: str = "fp16", *, seed: int = 0):
         self.packed = PackedPolicy([policy], precision)
+        self.networks = [self.packed]
         self.arch = architecture(self.packed.device)
         self.seed = seed
         # How many calls have drawn noise, and how many programs of the present one are done: on the device, so that each

@@ -3,30 +3,43 @@
     update = kernels.FusedUpdate(agent, transitions, batch_size=256)     # a dql.DiffusionQL, a dql.Transitions on its device
     losses = update.run(1000)                                            # a thousand updates: ten replays of a graph
 
-The launches are training.py's; here is the memory they work on. Parameters, averages and Adam's moments stay what they are for
-everybody else, an agent's flat vectors, of which its modules' parameters are views: evaluation, checkpoints and resuming see
-the live values. With several agents those vectors move to the rows of one matrix.
+The launches are training.py's; here is the memory they work on. An agent that is handed over keeps its parameters, averages and
+Adam's moments, but from then on they are views of the rows of matrices: its own update, evaluation, checkpoints and resuming see
+the live values.
 """
 
 import itertools
 import math
 import warnings
 import weakref
+from dataclasses import asdict
 
 import torch
 import triton
+from torch.autograd.graph import increment_version
 
 from . import graphs, packing, training
-from .packing import LOG2E, PackedCritic, PackedPolicy, architecture, interpreting, on, require, require_tensor
-from .tiles import FIT_STAGES, ProductTile, Tile, choose_product_tile, choose_update_tile
+from .packing import (
+    LOG2E,
+    PackedCritic,
+    PackedPolicy,
+    architecture,
+    interpreting,
+    on,
+    require,
+    require_tensor,
+)
+from .tiles import (
+    FIT_STAGES,
+    ProductTile,
+    Tile,
+    choose_product_tile,
+    choose_update_tile,
+)
 
 MAX_BATCH = 4096
 PER_REPLAY = 100  # updates that a graph holds
 ADAM_BLOCK, TIME_CHUNK = 1024, 32  # parameters, hidden units a program takes at a time
-# What all agents of an update share; seeds may differ.
-SHARED = (
-    "algo discount tau eta grad_norm lr critic_lr lr_decay_every lr_decay_steps ema_decay ema_start ema_every n_target_samples"
-).split()
 
 
 def _padded(n: int) -> int:
@@ -51,23 +64,30 @@ class _Trained:
             require(have == wanted, f"the {name}'s optimizer has {setting}={have}; the fused Adam knows only {wanted}")
         self.betas, self.eps = group["betas"], group["eps"]
 
-        vectors = [getattr(agent, f"{name}_vector") for agent in agents]
-        self.parameters = torch.stack([v.data for v in vectors])
-        self.average = torch.stack([getattr(agent, f"{average}_vector").data for agent in agents])
-        states = [optimizer.state[v] for optimizer, v in zip(optimizers, vectors)]
-        self.momentum, self.variance = (torch.stack([s[key] for s in states]) for key in ("exp_avg", "exp_avg_sq"))
+        networks = [list(getattr(agent, name).parameters()) for agent in agents]
+        averages = [list(getattr(agent, average).parameters()) for agent in agents]
+        self.states = [[o.state[p] for p in parameters] for o, parameters in zip(optimizers, networks)]
+        self.optimizers, self.views = optimizers, []
+        self.parameters, self.average = self._adopt(networks), self._adopt(averages)
+        self.momentum, self.variance = (
+            self._adopt([[state[key] for state in states] for states in self.states]) for key in ("exp_avg", "exp_avg_sq")
+        )
         self.gradient = torch.zeros_like(self.parameters)
         self.adam_steps = adam_steps
-        for i, (agent, state) in enumerate(zip(agents, states)):
-            _move(getattr(agent, name), getattr(agent, f"{name}_vector"), self.parameters[i])
-            _move(getattr(agent, average), getattr(agent, f"{average}_vector"), self.average[i])
-            adam_steps[i] = state["step"]
-            state["exp_avg"], state["exp_avg_sq"], state["step"] = self.momentum[i], self.variance[i], adam_steps[i]
         self.size = self.parameters.shape[1]
         self.networks = [layers(self.module, i) for i in range(packed.NETWORKS)]
         self.columns = self.networks[0][0].in_features
         self.first_columns = first_columns
         self.place, self.factor = self._destinations()
+
+    def _adopt(self, agents: list) -> torch.Tensor:
+        """Each agent's tensors become views of a row of one matrix, which is returned: (n, SIZE)."""
+        rows = torch.stack([torch.cat([x.detach().flatten() for x in tensors]) for tensors in agents])
+        for row, tensors in zip(rows, agents):
+            for x, view in zip(tensors, row.split([x.numel() for x in tensors])):
+                x.data = view.view_as(x)
+                self.views.append((x, view.data_ptr()))
+        return rows
 
     def _destinations(self):
         """Where each parameter goes in the packed copies, and times what, as training.adam's place and factor."""
@@ -100,13 +120,6 @@ class _Trained:
         """Everything that an update changes."""
         p = self.packed
         return [self.parameters, self.average, self.momentum, self.variance, self.adam_steps, p.weights, p.low, p.bias]
-
-
-def _move(module, vector, memory) -> None:
-    """Let memory be a module's flat vector, of which its parameters are views."""
-    vector.data = memory
-    for p, view in zip(module.parameters(), memory.split([p.numel() for p in module.parameters()])):
-        p.data = view.view_as(p)
 
 
 def _require_resolution(name: str, states: torch.Tensor, precision: str) -> None:
@@ -145,14 +158,15 @@ class FusedUpdate:
         require(len(agents) > 0, "no agents were given")
         require(1 <= batch_size <= MAX_BATCH, f"batch_size {batch_size} is not within 1 to {MAX_BATCH}")
         agent = agents[0]
-        for name in SHARED:
-            values = {getattr(a, name) for a in agents}
+        settings = [{"algo": a.algo, **asdict(a.config)} for a in agents]
+        for name in settings[0]:
+            values = {each[name] for each in settings}
             require(len(values) == 1, f"agents that learn together must share {name}; they have {sorted(values)}")
         shapes = {tuple((k, v.shape) for k, v in a.state_dict().items() if "." in k) for a in agents}
         require(len(shapes) == 1, "agents that learn together must have networks of the same sizes")
-        chains = {(a.policy.n_timesteps, a.policy.schedule, a.policy.max_action) for a in agents}
-        require(len(chains) == 1, "agents that learn together must share n_timesteps, schedule and max_action")
-        self.agent, self.device, self.batch_size = agent, agent.policy_vector.device, batch_size
+        bounds = {a.policy.max_action for a in agents}
+        require(len(bounds) == 1, f"agents that learn together must share max_action; they have {sorted(bounds)}")
+        self.agent, self.config, self.device, self.batch_size = agent, agent.config, agent.device, batch_size
         self.arch = architecture(self.device)
         require(self.device.type == "cuda" or interpreting(), "kernels need a CUDA GPU, or TRITON_INTERPRET=1 for the interpreter")
         self.learns_q = agent.algo == "ql"
@@ -173,6 +187,7 @@ class FusedUpdate:
                 f"fused training of {len(agents)} agents needs {wanted >> 20} MiB of GPU memory, and {free >> 20} MiB are free"
             ) from e
         self.graph, self.replays = None, self.device.type == "cuda"
+        self._take_numbers()
         self.refresh()
 
     def _sizes(self):
@@ -189,7 +204,7 @@ class FusedUpdate:
     def _bytes(self) -> int:
         """What has to be allocated: activations and gradients, and for each parameter a row of everything Adam knows."""
         activations = sum(math.prod(shape) for shape in self._sizes().values())
-        parameters = sum(v.numel() for a in self.agents for v in (a.policy_vector, a.critic_vector))
+        parameters = sum(p.numel() for a in self.agents for m in (a.policy, a.critic) for p in m.parameters())
         return 4 * (activations + 9 * parameters)
 
     def _allocate(self, precision, tile, product_tile):
@@ -204,9 +219,7 @@ class FusedUpdate:
         self.product_tile = product_tile or choose_product_tile(precision)
         self.n_tiles = triton.cdiv(B, tile.rows)
 
-        self.steps = torch.stack([a.step for a in agents])
-        for i, a in enumerate(agents):
-            a.step = self.steps[i]
+        self.steps = torch.zeros(n, dtype=torch.int64, device=device)
         adam_steps = torch.zeros(2, n, device=device)  # separate from steps, as an optimizer's own count is
         S, A, D = policy.state_dim, policy.action_dim, policy.time_mlp[1].in_features
         self.time_dim = D
@@ -220,15 +233,10 @@ class FusedUpdate:
             adam_steps[1],
         )  # fmt: skip
         self.adam_steps = adam_steps
-        self.seeds = torch.tensor([a.seed for a in agents], dtype=torch.int64, device=device)
+        self.seeds = torch.zeros(n, dtype=torch.int64, device=device)
         with torch.no_grad():
             self.sinusoids = policy.time_mlp[0](torch.arange(T, device=device)).float().contiguous()
-        periods = agent.lr_decay_steps if agent.lr_decay_every else 0
-        shares = [0.5 * (1 + math.cos(math.pi * i / max(periods, 1))) for i in range(periods + 1)]
-        self.rates = {
-            name: torch.tensor([lr * share for share in shares], dtype=torch.float64).float().to(device)
-            for name, lr in (("policy", agent.lr), ("critic", agent.critic_lr))
-        }
+        self.rates = {name: torch.zeros(1, device=device) for name in ("policy", "critic")}
         for name, shape in self._sizes().items():
             setattr(self, name, torch.empty(shape, device=device))
         self.losses = torch.zeros(n, 3, self.n_tiles, device=device)
@@ -280,7 +288,7 @@ class FusedUpdate:
             )  # fmt: skip
         critics = 2 if self.learns_q else 0
         training.fit[(tiles, critics + 1, n)](
-            state, action, reward, not_done, n_transitions, t, bc_noise, self.seeds, self.steps, 0, agent.discount,
+            state, action, reward, not_done, n_transitions, t, bc_noise, self.seeds, self.steps, 0, self.config.discount,
             agent.policy.sqrt_alpha_bar, agent.policy.sqrt_one_minus_alpha_bar, p.bias, p.weights, p.low, q.bias, q.weights, q.low,
             self.target_values, self.inputs, self.saved, self.du, self.dy, self.q_inputs, self.q_saved, self.q_du, self.q_dy,
             self.losses, B, N=N, N_PADDED=_padded(N), CRITICS=critics, TILES=tiles,
@@ -288,7 +296,7 @@ class FusedUpdate:
         )  # fmt: skip
         if self.learns_q:
             self._weight_gradients(self.critic, self.q_inputs, self.q_saved, self.q_du, self.q_dy, self.q_norms, B, 1 / B)
-            self._adam(self.critic, self.q_norms, self.rates["critic"], agent.tau, 0, 1)
+            self._adam(self.critic, self.q_norms, self.rates["critic"], self.config.tau, 0, 1)
             training.climb[(tiles, 2, n)](
                 state, n_transitions, coin, self.seeds, self.steps, 0, p.coefficients, p.max_action, p.weights, p.low,
                 q.bias, q.weights, q.low, self.q_saved, self.inputs, self.saved, self.epsilons, self.actions, self.du, self.dy,
@@ -301,7 +309,7 @@ class FusedUpdate:
             self.policy.parameters, self.sinusoids, self.table, self.policy.gradient, self.norms, **self._time_sizes(),
             NORMS=self.norms.shape[1],
         )  # fmt: skip
-        self._adam(self.policy, self.norms, self.rates["policy"], 1 - agent.ema_decay, agent.ema_start, agent.ema_every)
+        self._adam(self.policy, self.norms, self.rates["policy"], 1 - self.config.ema_decay, self.config.ema_start, self.config.ema_every)
         self._finish(counts=True)
 
     def _weight_gradients(self, trained, inputs, saved, du, dy, norms, n_rows, cloned):
@@ -309,7 +317,7 @@ class FusedUpdate:
         climbs = is_policy and self.learns_q
         base = trained.size - p.NETWORKS * sum(x.numel() for layer in trained.networks[0] for x in layer.parameters())
         training.weight_gradients[(self._product_programs(p), p.NETWORKS, len(self.agents))](
-            inputs, saved, du, dy, trained.gradient, self.table, norms, self.values, self.agent.eta, cloned,
+            inputs, saved, du, dy, trained.gradient, self.table, norms, self.values, self.config.eta, cloned,
             B=self.batch_size, N_ROWS=n_rows, BASE=base, SIZE=(trained.size - base) // p.NETWORKS, NETWORKS=p.NETWORKS,
             COLUMNS=trained.columns, **trained.first_columns, STATE_DIM=p.state_dim, ACTION_DIM=p.action_dim, N_OUT=p.n_out,
             OUT=p.OUT, S=p.S, A=p.A, H=p.hidden_dim, T=p.n_timesteps if is_policy else 0, CLIMBS=climbs, TILES=self.n_tiles,
@@ -323,10 +331,10 @@ class FusedUpdate:
         block = 1 << 16 if interpreting() else ADAM_BLOCK  # the interpreter pays by the program
         training.adam[(triton.cdiv(trained.size, block), len(self.agents))](
             trained.parameters, trained.gradient, trained.momentum, trained.variance, trained.average, trained.place, trained.factor,
-            p.weights, p.low, p.bias, norms, self.steps, trained.adam_steps, rates, self.agent.lr_decay_every or 1,
-            self.agent.grad_norm, rate, start, every,
+            p.weights, p.low, p.bias, norms, self.steps, trained.adam_steps, rates, 1,
+            self.config.grad_norm, rate, start, every,
             SIZE=trained.size, NORMS=norms.shape[1], NORMS_PADDED=_padded(norms.shape[1]), RATES=len(rates) - 1,
-            CLIPS=self.agent.grad_norm > 0, BETA_1=beta_1, BETA_2=beta_2, LOG_BETA_1=math.log(beta_1),
+            CLIPS=self.config.grad_norm > 0, BETA_1=beta_1, BETA_2=beta_2, LOG_BETA_1=math.log(beta_1),
             LOG_BETA_2=math.log(beta_2), EPS=trained.eps, WEIGHTS=p.weights.numel() // copies, BIASES=p.bias.numel() // copies,
             PRECISION=self.precision, BLOCK=block,
         )  # fmt: skip
@@ -343,7 +351,7 @@ class FusedUpdate:
         p, norms, q_norms = self.policy.packed, self.norms.shape[1], self.q_norms.shape[1]
         training.finish[(2, len(self.agents))](
             self.policy.parameters, self.policy.average, self.sinusoids, p.bias, self.losses, self.values, self.norms, self.q_norms,
-            self.agent.eta, self.metrics, self.steps, self.adam_steps, self.batch_size, **self._time_sizes(),
+            self.config.eta, self.metrics, self.steps, self.adam_steps, self.batch_size, **self._time_sizes(),
             ACTION_DIM=p.action_dim, OUT=p.OUT, SCALE=p.scale, TILES=self.n_tiles, TILES_PADDED=_padded(self.n_tiles),
             NORMS=norms, NORMS_PADDED=_padded(norms), Q_NORMS=q_norms, Q_NORMS_PADDED=_padded(q_norms),
             CRITICS=2 if self.learns_q else 0, COUNTS=counts,
@@ -358,8 +366,7 @@ class FusedUpdate:
         On a GPU every PER_REPLAY updates are one replay of a CUDA graph, which capture() makes, or the first call that needs it.
         """
         require(self.columns is not None, "this update was made without transitions: only step() can be called")
-        self._freshen()
-        self.metrics.zero_()
+        self._prepare()
         with on(self.device):
             if self.replays and n >= PER_REPLAY:
                 self.capture()
@@ -370,7 +377,7 @@ class FusedUpdate:
                 n_left = n
             for _ in range(n_left):
                 self._launch()
-        self._count()
+        self._count(n)
         return self._metrics(n)
 
     def capture(self) -> None:
@@ -395,34 +402,51 @@ class FusedUpdate:
         if self.learns_q:
             x_T = torch.stack([torch.cat([d.target_x_T, d.actor_x_T]) for d in draws])
             noises = torch.stack([torch.cat([d.target_noises, d.actor_noises], dim=1) for d in draws])
-            coin = torch.stack([d.coin for d in draws])
+            coin = torch.tensor([float(d.coin) for d in draws], device=self.device)
             rows = len(draws), (N + 1) * B, p.action_dim
             require(x_T.shape == rows, f"target and actor noise have {tuple(x_T.shape[1:])} numbers; it must be {rows[1:]}")
         t, bc_noise = torch.stack([d.t for d in draws]), torch.stack([d.bc_noise for d in draws])
-        self._freshen()
-        self.metrics.zero_()
+        self._prepare()
         with on(self.device):
             self._launch(stacked, (x_T, noises, t, bc_noise, coin))
-        self._count()
+        self._count(1)
         return self._metrics(1)
 
-    def _freshen(self) -> None:
-        """Pack again what was changed elsewhere. Raises UnsupportedError where the agents' vectors are no longer those trained here."""
-        for trained, name in ((self.policy, "policy_vector"), (self.critic, "critic_vector")):
-            for agent, own in zip(self.agents, trained.parameters):
-                mine = getattr(agent, name).data_ptr() == own.data_ptr()
-                require(mine, "another FusedUpdate has taken over this agent: make a new one, or go on with that")
+    def _prepare(self) -> None:
+        """See what has happened to the agents since the last launch. Raises UnsupportedError where they are no longer those here."""
+        for trained in (self.policy, self.critic):
+            mine = all(x.data_ptr() == at for x, at in trained.views)
+            require(mine, "another FusedUpdate has taken over this agent: make a new one, or go on with that")
         if self.policy.packed.stale() or self.critic.packed.stale():
             self.refresh()
+        self._take_numbers()
+        self.metrics.zero_()
 
-    def _count(self) -> None:
-        """The parameters have changed, as everybody who packed them has to know; here they are packed already."""
+    def _take_numbers(self) -> None:
+        """Steps, seeds and learning rates, which the host keeps: agents may have been trained or restored, a schedule may go on."""
+        self.steps.copy_(torch.tensor([a.step for a in self.agents]))
+        self.seeds.copy_(torch.tensor([a.seed for a in self.agents]))
+        for trained, adam_steps, rate in zip((self.policy, self.critic), self.adam_steps, self.rates.values()):
+            adam_steps.copy_(torch.tensor([float(states[0]["step"]) for states in trained.states]))
+            rates = {float(optimizer.param_groups[0]["lr"]) for optimizer in trained.optimizers}
+            require(len(rates) == 1, f"agents that learn together must share learning rates; they have {sorted(rates)}")
+            rate.fill_(*rates)
+
+    def _count(self, n: int) -> None:
+        """n updates are made: the agents' own counts go on, and everybody who packed their weights sees that they have changed."""
         for agent in self.agents:
-            agent.count_write(*agent.networks().values())
-        self.policy.packed.remember(), self.critic.packed.remember()
+            agent.step += n
+            increment_version([p for network in agent.networks().values() for p in network.parameters()])
+        for trained in (self.policy, self.critic) if self.learns_q else (self.policy,):
+            trained.packed.remember()
+            for states in trained.states:
+                for state in states:
+                    state["step"] += n
+        self.critic.packed.remember()
 
     def _metrics(self, n: int):
         means = self.metrics / max(n, 1)
-        names = self.METRICS if self.learns_q else self.METRICS[2:]
-        found = [dict(zip(names, row[-len(names) :])) for row in means]
+        found = [dict(zip(self.METRICS, row)) for row in means]
+        if not self.learns_q:
+            found = [{name: f[name] for name in ("bc_loss", "actor_grad_norm")} for f in found]
         return found[0] if self.single else found

@@ -81,3 +81,51 @@ def oracle(request):
     if request.param == "full" and not ORACLES["full"].exists():
         pytest.skip("the whole oracle is not beside the repository; the cut is tested")
     return Oracle(ORACLES[request.param])
+
+
+# ---- runs in miniature, see tiny_runs.py ---------------------------------------------------------
+
+
+@pytest.fixture
+def short_episodes(monkeypatch):
+    import tiny_runs
+
+    tiny_runs.shorten_episodes(monkeypatch.setitem)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    import tiny_runs
+
+    tiny_runs.draw_nothing(monkeypatch.setattr)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """An HDF5 file of random transitions in D4RL's layout."""
+    import tiny_runs
+
+    return str(tiny_runs.write_hdf5(tmp_path / "tiny.hdf5"))
+
+
+@pytest.fixture
+def few_programs(monkeypatch):
+    """Triton's interpreter pays by the program."""
+    pytest.importorskip("triton", reason="triton has no package for this platform")
+    from reference import UPDATE_TILES
+
+    import kernels
+
+    if torch.cuda.is_available():
+        pytest.skip("a test of the interpreter's")
+    whole = kernels.FusedUpdate
+    monkeypatch.setattr(kernels, "FusedUpdate", lambda *args: whole(*args, **UPDATE_TILES))
+    return kernels
+
+
+@pytest.fixture
+def d4rl_command(tmp_path, monkeypatch):
+    """The command experiments.d4rl with a program that trains nothing, see d4rl_runs.py."""
+    from d4rl_runs import D4RL
+
+    return D4RL(tmp_path, monkeypatch)

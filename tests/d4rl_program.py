@@ -1,7 +1,8 @@
-"""Stands in for dql.py under bench.d4rl: the same options, the same files in a run's folder, no training.
+"""Stands in for dql.py under experiments.d4rl: the same options and files in a run's folder.
 
-Reads program.json in its own folder: "configs" (task -> seed -> config), "seconds" to take, and "broken": task -> what to print
-before it exits with 1, or a number, the signal to die of. Appends to calls.jsonl there what it was called with.
+It trains nothing. Reads program.json in its own folder: "configs" (task -> seed -> config),
+"seconds" to take, and "broken": task -> what to print before it exits with 1, or a number, the
+signal to die of. Appends to calls.jsonl there what it was called with.
 """
 
 import json
@@ -30,9 +31,11 @@ def put_json(path, content):
 def begin(folder: Path, config: dict) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     prefix = f"{config['env']}-ql-d4rl-seed{config['seed']}-"
-    run = Path(tempfile.mkdtemp(prefix=prefix, dir=folder))  # not by the time: two runs may begin in one second
+    # Not by the time: two runs may begin in one second.
+    run = Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
     data = {"label": f"D4RL {config['env']}", "source": "d4rl", "crc32": 1}
-    put_json(run / "config.json", {"config": {**config, "out": str(folder)}, "data": data, "versions": {"torch": "0"}})
+    about = {"config": {**config, "out": str(folder)}, "data": data, "versions": {"torch": "0"}}
+    put_json(run / "config.json", about)
     put(run / "resume.safetensors", lambda temporary: save_file({"step": np.array(7)}, temporary))
     return run
 
@@ -41,7 +44,8 @@ def finish(run: Path) -> None:
     config = json.loads((run / "config.json").read_text())["config"]
     last = {"step": config["epochs"] * config["updates_per_epoch"], "score": 10.0 + config["seed"]}
     (run / "log.jsonl").write_text(json.dumps({"kind": "evaluation", **last}) + "\n")
-    put_json(run / "selection.json", dict.fromkeys(("last", "best", "offline", "offline_released"), last))
+    rules = ("last", "best", "offline", "offline_released")
+    put_json(run / "selection.json", dict.fromkeys(rules, last))
 
 
 def values(option: str) -> list[str]:
@@ -66,7 +70,10 @@ def main() -> int:
     if broken:
         print(broken, file=sys.stderr)
         return 1
-    runs = resumed or [begin(Path(values("--out")[0]), asked["configs"][task][seed]) for seed in values("--seeds")]
+    runs = resumed
+    if not resumed:
+        configs, folder = asked["configs"][task], Path(values("--out")[0])
+        runs = [begin(folder, configs[seed]) for seed in values("--seeds")]
     time.sleep(asked["seconds"])
     for run in runs:
         finish(run)

@@ -155,7 +155,7 @@ def install(monkeypatch) -> None:
         state.clear()
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda device, pool: pools and pools.remove(pool), raising=False)
     for name, stub in {
-        "is_available": lambda: True, "is_current_stream_capturing": lambda: False, "synchronize": lambda *_: None,
+        "is_available": lambda: True, "is_current_stream_capturing": lambda: bool(capturing), "synchronize": lambda *_: None,
         "CUDAGraph": Graph, "graph": capture, "device": on_device, "Stream": make_stream, "current_stream": get_stream,
         "stream": on_stream, "set_stream": set_stream, "Event": Event, "current_device": lambda: current_device[-1],
         "graph_pool_handle": object,

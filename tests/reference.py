@@ -6,8 +6,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import dql
 from bench import rounding
-from dql import Batch, DiffusionPolicy, DiffusionQL, Transitions, TwinCritic, UpdateNoise, flatten_parameters
+from dql import (
+    Batch,
+    DiffusionBC,
+    DiffusionPolicy,
+    DiffusionQL,
+    Transitions,
+    TwinCritic,
+    UpdateNoise,
+)
+from kernels import eager
 from kernels.packing import architecture
 from kernels.tiles import ProductTile, Tile, choose_actor_tile, choose_tile
 
@@ -99,17 +109,49 @@ if DEVICE == "cpu":
     UPDATE_TILES = dict(tile=Tile(True, 64, 128, 4, 2), product_tile=ProductTile(128, 128, 128, 4, 2))
 
 
-def make_agent(state_dim=11, action_dim=3, *, seed=0, **how):
-    return DiffusionQL(state_dim, action_dim, device=DEVICE, seed=seed, **{"hidden_dim": 128, "ema_start": 0} | how)
+def make_agent(state_dim=11, action_dim=3, *, seed=0, algo="ql", **how):
+    make, how = {"ql": DiffusionQL, "bc": DiffusionBC}[algo], {"hidden_dim": 128, "ema_start": 0} | how
+    return make(state_dim, action_dim, device=DEVICE, seed=seed, **how)
 
 
 def to_float64(agent):
     """The agent, from now on in float64."""
-    for name, module in agent.networks().items():
-        setattr(agent, f"{name}_vector", flatten_parameters(module.double()))
-    agent.policy_optimizer = agent._adam(agent.policy_vector, agent.lr)
-    agent.critic_optimizer = agent._adam(agent.critic_vector, agent.critic_lr)
+    for module in agent.networks().values():
+        module.double()
+    for optimizer in (agent.policy_optimizer, agent.critic_optimizer):
+        for state in optimizer.state.values():
+            state |= {name: state[name].double() for name in ("exp_avg", "exp_avg_sq")}
     return agent
+
+
+def flat(tensors):
+    """Tensors, or a module's parameters, as one vector."""
+    tensors = tensors.parameters() if isinstance(tensors, torch.nn.Module) else tensors
+    return torch.cat([x.detach().flatten() for x in tensors])
+
+
+def gradient(module):
+    return flat(p.grad for p in module.parameters())
+
+
+def first_moment(agent, name):
+    return flat(state["exp_avg"] for state in getattr(agent, f"{name}_optimizer").state.values())
+
+
+# The memory that launches hand on to each other.
+MEMORY = "inputs saved du dy epsilons actions target_values q_inputs q_saved q_du q_dy table losses values norms q_norms".split()
+
+
+def fused(agents, batch_size, precision="fp32", transitions=None, **how):
+    """A FusedUpdate whose memory holds nothing that could be taken for a result."""
+    from kernels import FusedUpdate
+
+    update = FusedUpdate(agents, transitions, batch_size, precision, **UPDATE_TILES | how)
+    for name in MEMORY:
+        getattr(update, name).fill_(float("nan"))
+    for trained in (update.policy, update.critic):
+        trained.gradient.fill_(float("nan"))
+    return update
 
 
 def make_batch(agent, n, seed=1):
@@ -143,3 +185,40 @@ def distance_from_clamps(policy, state, x_T, noises):
         nearest = torch.minimum(nearest, (x_0.abs() - m).abs().amin(dim=1))
         x = policy.mean_from_x0[t] * x_0.clamp(-m, m) + policy.mean_from_x[t] * x + (policy.sigma[t] * noises[k] if t else 0)
     return nearest
+
+
+def imitate(monkeypatch, precision):
+    """Eager networks round their operands as the kernels do at this precision."""
+    if precision in rounding.ROUND:
+        policy, critic = dql.DiffusionPolicy, dql.TwinCritic
+        for owner, name in ((policy, "predict_noise"), (critic, "forward"), (eager, "speed_up_networks")):
+            monkeypatch.setattr(owner, name, getattr(owner, name))  # so that they are put back
+        rounding.imitate(precision)
+
+
+def away_from_clamps(agent, n, seed=1, margin=2e-3, among=6):
+    """A batch and noise whose chains stay away from the clamps' bounds, where a gradient jumps."""
+    batch, noise, k = make_batch(agent, among * n, seed), agent.draw_noise(among * n), agent.n_target_samples
+    near = distance_from_clamps(agent.policy, batch.state, noise.actor_x_T, noise.actor_noises)
+    rows = torch.nonzero(near > margin)[:n, 0]
+    assert len(rows) == n, f"only {len(rows)} rows of {among * n} stay away from the clamps"
+    targets = (rows[:, None] * k + torch.arange(k, device=rows.device)).flatten()
+    chosen = UpdateNoise(
+        noise.target_x_T[targets], noise.target_noises[:, targets], noise.t[rows], noise.bc_noise[rows], noise.actor_x_T[rows],
+        noise.actor_noises[:, rows], noise.coin,
+    )  # fmt: skip
+    return Batch(*(x[rows] for x in batch)), chosen
+
+
+def steepen(agent, steepness):
+    """Let dQ/dz₁ of a critic reach steepness, its last three layers growing alike."""
+    batch = make_batch(agent, 64)
+    x = torch.cat([batch.state, batch.action], dim=1)
+    for model in (agent.critic.q1_model, agent.critic.q2_model):
+        for _ in range(5):
+            z = model[0](x).detach().requires_grad_()
+            (slope,) = torch.autograd.grad(model[1:](z.clone()).sum(), z)
+            with torch.no_grad():
+                for layer in model[2::2]:
+                    layer.weight *= (steepness / slope.abs().max()) ** (1 / 3)
+    agent.critic_target.load_state_dict(agent.critic.state_dict())

@@ -1,4 +1,4 @@
-"""The command that asks a GPU everything: in the order of value, as far as time allows, whatever fails."""
+"""The command that asks a GPU everything: most valuable first, in the time, whatever fails."""
 
 import pytest
 import torch
@@ -11,50 +11,70 @@ from bench import all as everything
 def ran(monkeypatch):
     """What the parts were called with; the first one fails."""
     calls = []
-    outcome = lambda command, limit: calls.append((command, limit)) or ("broken" if len(calls) == 1 else "")  # noqa: E731
-    monkeypatch.setattr(everything, "run", outcome)
+
+    def run(command, limit):
+        calls.append((command, limit))
+        return "broken" if len(calls) == 1 else ""
+
+    monkeypatch.setattr(everything, "run", run)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     return calls
 
 
 def test_every_part_is_run_whatever_fails(tmp_path, ran, capsys):
     assert everything.main(["--out", str(tmp_path)]) == 1
-    modules = [command[0].removeprefix("bench.") for command, _ in ran]
-    assert modules == ["first", "pytest", "training", "acting", "sampling", "training", "bandit", "plot"]
-    assert "--full-run" in ran[5][0] and "--fused" in ran[6][0] and all(str(tmp_path) in c for c, _ in ran if c[0] != "pytest")
+    commands = [command for command, _ in ran]
+    modules = [command[0].rpartition(".")[2] for command in commands]
+    order = "first pytest training acting sampling training bandit plot"
+    assert modules == order.split()
+    assert "--full-run" in commands[5] and "--fused" in commands[6]
+    assert all(str(tmp_path) in command for command in commands if command[0] != "pytest")
     printed = capsys.readouterr().out
     assert "FAILED: first: broken" in printed and "8 parts, 1 of them failed" in printed
 
 
-def test_what_does_not_fit_into_the_time_is_quick_or_left_out(tmp_path, ran, capsys):
-    whole, slow = everything.Part(["bench.x"], 100, 10), everything.Part(["bench.y"], 100)
-    assert everything.fitted(whole, 200, False) == (["bench.x"], 100)
-    assert everything.fitted(whole, 200, True) == everything.fitted(whole, 50, False) == (["bench.x", "--quick"], 10)
-    assert everything.fitted(whole, 5, False) is None and everything.fitted(slow, 50, True) is None
-    assert everything.main(["--minutes", "3", "--parts", "tests", "training", "--out", str(tmp_path)]) == 1
-    assert [(command[0], "--quick" in command) for command, _ in ran] == [("bench.training", True)] and ran[0][1] <= 180
-    assert "tests is left out: it takes about 200 s, and 180 s are left" in capsys.readouterr().out
+def test_what_does_not_fit_is_quick_or_left_out(tmp_path, ran, capsys):
+    fitted, whole = everything.fitted, everything.Part(["bench.x"], 100, 10)
+    slow, quick = everything.Part(["bench.y"], 100), (["bench.x", "--quick"], 10)
+    assert fitted(whole, 200, False) == (["bench.x"], 100)
+    assert fitted(whole, 200, True) == fitted(whole, 50, False) == quick
+    assert fitted(whole, 5, False) is None and fitted(slow, 50, True) is None
+    asked = ["--minutes", "3", "--parts", "tests", "training", "--out", str(tmp_path)]
+    assert everything.main(asked) == 1
+    ((command, limit),) = ran
+    assert command[0] == "bench.training" and "--quick" in command and limit <= 180
+    left_out = "tests is left out: it takes about 200 s, and 180 s are left"
+    assert left_out in capsys.readouterr().out
 
 
-def test_without_a_gpu_the_parts_that_ask_nothing_else_are_left_out(tmp_path, ran, monkeypatch, capsys):
+def test_without_a_gpu_what_needs_one_is_left_out(ran, monkeypatch, capsys):
+    """Without --out each part writes to its own folder."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    everything.main(["--quick", "--out", str(tmp_path)])
-    assert [command[0] for command, _ in ran] == ["bench.training", "bench.acting", "bench.sampling", "bench.plot"]
+    everything.main(["--quick"])
+    modules = ["bench.training", "bench.acting", "bench.sampling", "bench.plot"]
+    assert [command[0] for command, _ in ran] == modules
+    assert not any("--out" in command for command, _ in ran)
     assert capsys.readouterr().out.count("is left out: no CUDA GPU was found") == 4
 
 
-def test_a_part_that_fails_or_overruns_is_ended_with_its_children():
+def test_a_part_that_fails_or_overruns_is_ended():
     assert everything.run(["json.tool", "/nowhere"], 60).startswith("exit status")
-    assert everything.run(["timeit", "-n1", "-r1", "import time; time.sleep(60)"], 2) == "ended after 2 s"
+    sleeps = ["timeit", "-n1", "-r1", "import time; time.sleep(60)"]
+    assert everything.run(sleeps, 2) == "ended after 2 s"
     assert everything.run(["timeit", "-n1", "-r1", "pass"], 60) == ""
 
 
 def test_tests_that_overrun_say_what_they_have_found(tmp_path, capfd):
     file = tmp_path / "test_slow.py"
-    file.write_text("import time\ndef test_right(): pass\ndef test_hangs(): time.sleep(60)\n")
-    assert everything.run(["pytest", "-q", "-p", "no:cacheprovider", str(file)], 4) == "ended after 4 s"
+    slow = "import time\ndef test_right(): pass\ndef test_hangs(): time.sleep(60)\n"
+    file.write_text(slow)
+    tests = ["pytest", "-q", "-p", "no:cacheprovider", str(file)]
+    assert everything.run(tests, 4) == "ended after 4 s"
     assert "1 passed" in capfd.readouterr().out
 
 
-def test_the_kernels_tests_are_there():
+def test_what_is_run_is_there():
     assert all((ROOT / file).exists() for file in everything.TESTS)
+    for part in everything.parts(None).values():
+        path = ROOT / f"{part.command[0].replace('.', '/')}.py"
+        assert part.command[0] == "pytest" or path.exists()

@@ -12,13 +12,25 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_run import ENV, TINY, Film, assert_same_run, draw_nothing, on_call, records, shorten_episodes, the_run, train
-from test_run import data, no_pictures, short_episodes  # noqa: F401  (fixtures)
-from test_run import write_hdf5
+from tiny_runs import (
+    ENV,
+    TINY,
+    Film,
+    assert_same_run,
+    draw_nothing,
+    on_call,
+    records,
+    shorten_episodes,
+    the_run,
+    train,
+    write_hdf5,
+)
 
 import dql
-import run_folder
 import tasks.fetch
+from trainer import folder, loop
+
+pytestmark = pytest.mark.usefixtures("short_episodes")
 
 
 def refused(capsys, *options) -> str:
@@ -256,14 +268,14 @@ def test_a_run_folder_that_cannot_be_written_is_named(capsys, tmp_path, data):
 @pytest.mark.parametrize("nth", [3, 4], ids=["the state", "a kept checkpoint"])
 @pytest.mark.parametrize("what", ["save_file", "replace"])
 def test_a_disk_full_while_saving_leaves_the_last_state(capsys, tmp_path, data, monkeypatch, no_pictures, what, nth):
-    monkeypatch.setattr(dql, "SAVE_SECONDS", -1)
+    monkeypatch.setattr(loop, "SAVE_SECONDS", -1)
     straight = train(data, tmp_path / "straight")
 
     def no_space(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        owner = run_folder if what == "save_file" else os
+        owner = folder if what == "save_file" else os
         nth += what == "replace"  # config.json is moved first
         patch.setattr(owner, what, on_call(nth, getattr(owner, what), no_space))
         message = stopped(capsys, *TINY, "--data", data, "--out", tmp_path / "runs")
@@ -414,7 +426,7 @@ def test_broken_networks_are_told_from_good_ones_when_evaluated(capsys, run, alg
 
 
 def test_a_loss_that_turns_nan_keeps_the_last_good_checkpoint(capsys, tmp_path, data, monkeypatch, no_pictures):
-    monkeypatch.setattr(dql, "SAVE_SECONDS", -1)
+    monkeypatch.setattr(loop, "SAVE_SECONDS", -1)
     whole, count = dql.DiffusionQL.update, 0
 
     def breaks(agent, *batch):

@@ -1,16 +1,16 @@
-"""The baseline is the same algorithm as dql.py, to rounding; the benchmark runs and writes its figures."""
+"""What is timed is checked first, and the benchmarks write their figures."""
 
 import copy
 import csv
+import dataclasses
 import json
 
 import pytest
 import torch
-from conftest import ROOT
 
-from bench import acting, evaluation, first, precision, sampling, timing, training
-from bench.straightforward import StraightforwardDQL
+from bench import acting, evaluation, first, sampling, timing, training
 from dql import DiffusionQL
+from trainer import loop
 
 
 def made(makers: dict) -> dict:
@@ -24,7 +24,8 @@ def test_three_updates_agree_with_dql(max_q_backup):
 
 def test_an_update_that_differs_is_noticed():
     agents = made(training.contestants(False, compiled=False))
-    agents[training.BASELINE].tau = 0.1
+    plain = agents[training.BASELINE]
+    plain.config = dataclasses.replace(plain.config, tau=0.1)
     with pytest.raises(AssertionError):
         training.check_updates(agents)
 
@@ -34,10 +35,10 @@ def test_sampling_is_checked_before_it_is_timed():
     inputs = sampling.make_noise(policy, 33, "cpu")
     contestants = made(sampling.cpu_contestants(policy, inputs[0], compiled=False))
     assert all(sampling.check(policy, contestant, 33) < 1e-5 for contestant in contestants.values())
-    wrong = contestants["dql"]._replace(given=lambda s, x, z: policy.sample(s, x_T=x, noises=z) * 1.001)
+    wrong = contestants["eager"]._replace(given=lambda s, x, z: policy.sample(s, x_T=x, noises=z) * 1.001)
     with pytest.raises(SystemExit, match="error 1.00e-03, the eager chain's"):
         sampling.check(policy, wrong, 33)
-    unwritten = contestants["dql"]._replace(draw=lambda: torch.full((33, 8), torch.nan))
+    unwritten = contestants["eager"]._replace(draw=lambda: torch.full((33, 8), torch.nan))
     with pytest.raises(SystemExit, match="not finite"):
         sampling.check(policy, unwritten, 33)
 
@@ -82,22 +83,13 @@ def test_shares_of_the_ceiling_count_every_product_once():
     assert found == [600.0, 200.0, 60.0, None]
 
 
-def test_averages_agree_with_dql_where_the_schedule_is_not_trivial():
-    agent = DiffusionQL(29, 8, hidden_dim=16, ema_start=2, ema_every=2, grad_norm=0.0)
-    other, batch = StraightforwardDQL(agent), training.random_batch(16)
-    for _ in range(5):
-        noise = agent.draw_noise(16)
-        agent.update(batch, noise), other.update(batch, noise)
-    torch.testing.assert_close(training.parameters(agent), training.parameters(other), rtol=1e-3, atol=1e-5)
-
-
 @pytest.mark.parametrize("bench, file, n_figures", [(training, "training", 4), (sampling, "sampling", 4), (acting, "acting", 4)])
 def test_figures_are_written_whole_and_appended(tmp_path, monkeypatch, bench, file, n_figures):
     monkeypatch.setattr(timing, "measure", lambda calls, *_: {
         name: dict(p20=1.0 + i, p50=2.0 + i, p80=3.0 + i, rounds=7, ratio=2.0 / (2.0 + i)) for i, name in enumerate(calls)
     })  # fmt: skip
     for module in (sampling, acting):
-        monkeypatch.setattr(module, "has_compiler", lambda: False)
+        monkeypatch.setattr(module.eager, "has_compiler", lambda: False)
         monkeypatch.setattr(module, "peaks", lambda device: {"fp32 TFLOP/s": 0.1})
     for _ in range(2):
         assert bench.main(["--quick", "--threads", "1", "--out", str(tmp_path)]) == 0
@@ -124,7 +116,7 @@ def test_what_fails_is_named_and_costs_no_other_its_figure(tmp_path, monkeypatch
     monkeypatch.setattr(timing, "measure", lambda calls, *_: dict.fromkeys(calls, one))
     assert sampling.main(["--threads", "1", "--out", str(tmp_path)]) == 1
     written = json.loads((tmp_path / "sampling_cpu.json").read_text())
-    assert [f["contestant"] for f in written["figures"]] == ["straightforward", "dql"]
+    assert [f["contestant"] for f in written["figures"]] == ["plain", "eager"]
     assert written["failures"] == [{"what": "T=5, 3 rows, broken", "why": "it does not compile"}]
     assert capsys.readouterr().out.count("FAILED: T=5, 3 rows, broken: it does not compile") == 2  # at once, and in the end
 
@@ -163,7 +155,7 @@ def test_contestants_of_a_gpu_can_be_made_and_are_right(small):
     policy = sampling.make_policy(5, "cpu")
     inputs = sampling.make_noise(policy, 3, "cpu")
     contestants = sampling.gpu_contestants(policy, inputs[0], compiled=False, autotuned=False, precisions=("fp16",))
-    assert list(contestants) == ["eager", "eager, graph", "fused fp16", "fused fp16, graph"]
+    assert list(contestants) == ["plain", "eager", "eager, graph", "fused fp16", "fused fp16, graph"]
     assert all(sampling.check(policy, contestant, 3) < 2e-3 for contestant in made(contestants).values())
     calls = acting.gpu_calls(acting.agent_at(), inputs[0][:1].contiguous(), compiled=False)
     for name in ("eager, graph", "fused fp16, graph", "fused fp16, graph, numpy to numpy"):
@@ -210,7 +202,7 @@ def test_a_full_run_records_how_long_it_took(tmp_path, monkeypatch, capsys):
             return {"last": {"score": 41.0, "top_k": top_k}}
 
     asked = []
-    monkeypatch.setattr(training, "train", lambda config: asked.append(config) or [Run()])
+    monkeypatch.setattr(loop, "train", lambda config: asked.append(config) or [Run()])
     training.main(["--full-run", "--precision", "tf32", "--out", str(tmp_path), "--runs", str(tmp_path / "runs")])
     written = json.loads(next(tmp_path.glob("full_run_*.json")).read_text())
     assert written["updating_s"] == 6.0 and written["evaluating_s"] == 4.0 and written["updates"] == 3000
@@ -229,29 +221,6 @@ def test_the_profiler_counts_no_more_launches_than_there_are():
     assert 9 <= found["launches"] <= 10 and sum(found["kernels"].values()) > 0.9
 
 
-def test_the_study_of_precision_trains_each_seed_at_each_and_writes_what_came_out(tmp_path, monkeypatch, capsys):
-    asked = []
-
-    def make_run(how, out, threads, program):
-        run = out / f"seed{how['seed']}"
-        run.mkdir(parents=True)
-        means = dict.fromkeys(("bc_loss", "q_loss", "critic_loss", "actor_grad_norm", "critic_grad_norm"), 0.5)
-        records = [{"kind": "epoch", "step": 1000, **means}, {"kind": "evaluation", "step": 1000, "score": 10.0 * how["seed"]}]
-        (run / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-        asked.append((how["seed"], how["epochs"], how["eval_every"], program[-1]))
-        return run
-
-    monkeypatch.setattr(precision.torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(precision, "make_run", make_run)
-    precision.main(["--epochs", "1", "--seeds", "3", "5", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)])
-    assert asked == [(seed, 1, 1, program) for program in ("dql.py", "fp16") for seed in (3, 5)]
-    written = json.loads((tmp_path / "precision_cpu.json").read_text())
-    assert [(f["precision"], f["score"]) for f in written["figures"]] == [(p, s) for p in ("fp32", "fp16") for s in (30.0, 50.0)]
-    assert written["updates"] == 1000 and "40.0" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="--precisions here are fp32, fp16, tf32"):
-        precision.main(["--precisions", "fp8"])
-
-
 def test_timing_takes_turns():
     order = []
     times = timing.measure({name: lambda name=name: order.append(name) for name in ("first", "second")}, 0.0)
@@ -264,11 +233,6 @@ def test_results_are_named_after_the_device():
     names = {None: "cpu", "NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200", "NVIDIA A100-SXM4-40GB": "a100", "Tesla": "gpu"}
     for gpu, expected in names.items():
         assert timing.device_slug({"gpu": gpu, "cpu": "a CPU"}) == expected
-
-
-def test_the_baseline_is_independent_of_dql():
-    source = (ROOT / "bench/straightforward.py").read_text()
-    assert "import dql" not in source and "from dql" not in source
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,20 +12,23 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
-from test_run import data, no_pictures, short_episodes  # noqa: F401  (fixtures)
-from test_run import train
+from tiny_runs import train
 
 import dql
-import run_folder
 import tasks
-from export import export_policy
+from trainer import folder, setup
+from trainer.export import export_policy
+from trainer.options import saved_options
+
+pytestmark = pytest.mark.usefixtures("short_episodes")
 
 FACTS = {"task": "antmaze-umaze-v0", "data": "a test", "score": 50.0, "step": 7, "order": ["x", "y"]}
 
 
-def make_agent(*sizes, gain=2.0, **how):
+def make_agent(*sizes, gain=2.0, algo="ql", **how):
     """Its weights are `gain` times the usual, so that states and candidates differ in what they lead to."""
-    agent = dql.DiffusionQL(*sizes, **how)
+    make = {"ql": dql.DiffusionQL, "bc": dql.DiffusionBC}[algo]
+    agent = make(*sizes, **how)
     with torch.no_grad():
         for network in (agent.policy, agent.critic_target):
             for p in network.parameters():
@@ -79,7 +82,7 @@ STRANGER = """
 import importlib.util, json, sys
 import torch
 from safetensors.torch import load_file, save_file
-assert not any(importlib.util.find_spec(name) for name in ("dql", "export", "run_folder", "kernels"))
+assert not any(importlib.util.find_spec(name) for name in ("dql", "trainer", "kernels"))
 for name in sys.argv[2:]:
     act = torch.export.load(f"{name}.pt2").module()
     about = json.load(open(f"{name}.json"))
@@ -239,12 +242,12 @@ def test_a_program_holds_the_weights_once_no_code_and_nothing_of_the_machine_it_
     assert json.loads(graph) and ".py" not in graph and str(ROOT) not in graph
 
 
-def test_a_trained_run_is_exported_with_the_weights_it_chose(tmp_path, data, no_pictures):  # noqa: F811
-    run = run_folder.RunFolder(train(data, tmp_path / "runs"))
-    config = dql.saved_config(run.path)
-    chosen = run_folder.load_json(run.path / "selection.json")["best"]
-    agent = dql.make_agent(config, tasks.get(config.env), "cpu")
-    run_folder.restore(agent, run.path / chosen["checkpoint"], weights_only=True)
+def test_a_trained_run_is_exported_with_the_weights_it_chose(tmp_path, data, no_pictures):
+    run = folder.RunFolder(train(data, tmp_path / "runs"))
+    config = saved_options(run.path)
+    chosen = folder.load_json(run.path / "selection.json")["best"]
+    agent = setup.make_agent(config, tasks.get(config.env), "cpu")
+    folder.restore(agent, run.path / chosen["checkpoint"], weights_only=True)
     path = tmp_path / "policy.pt2"
     export_policy(agent, path, n_candidates=config.n_candidates, facts={"task": config.env, **chosen, **run.config()})
     facts = json.loads(path.with_suffix(".json").read_text())["facts"]
@@ -276,7 +279,7 @@ def test_exporting_leaves_the_agent_as_it_was_and_exporting_again_replaces(tmp_p
 )
 def test_a_path_that_cannot_be_written_gets_one_line(tmp_path, name, said):
     agent = make_agent(3, 2, hidden_dim=16, n_timesteps=1, algo="bc")
-    with pytest.raises(run_folder.RunError) as refused:
+    with pytest.raises(folder.RunError) as refused:
         export_policy(agent, tmp_path / name, n_candidates=1, facts={})
     assert said in str(refused.value) and str(tmp_path / name) in str(refused.value) and "\n" not in str(refused.value)
     assert not list(tmp_path.iterdir())
@@ -285,6 +288,6 @@ def test_a_path_that_cannot_be_written_gets_one_line(tmp_path, name, said):
 def test_a_file_beside_it_that_no_export_has_written_is_not_replaced(tmp_path):
     agent = make_agent(3, 2, hidden_dim=16, n_timesteps=1, algo="bc")
     (tmp_path / "config.json").write_text("a run's")
-    with pytest.raises(run_folder.RunError, match="config.json.* choose another name"):
+    with pytest.raises(folder.RunError, match="config.json.* choose another name"):
         export_policy(agent, tmp_path / "config.pt2", n_candidates=1, facts={})
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("config.json", "a run's")]

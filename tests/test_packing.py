@@ -6,12 +6,20 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton has no package for this platform")
-from reference import DEVICE, make_agent, make_batch, make_critic, make_noise, make_policy, make_transitions  # noqa: E402
+from reference import (  # noqa: E402
+    DEVICE,
+    fused,
+    make_agent,
+    make_batch,
+    make_critic,
+    make_noise,
+    make_policy,
+    make_transitions,
+)
 
-from dql import Updates  # noqa: E402
-from kernels import FusedActor, FusedSampler, UnsupportedError  # noqa: E402
+from kernels import FusedActor, FusedSampler, UnsupportedError, eager  # noqa: E402
+from kernels.graphs import GraphUpdates  # noqa: E402
 from kernels.packing import PackedCritic, PackedPolicy  # noqa: E402
-from test_update import fused  # noqa: E402
 
 
 def train_another(how):
@@ -47,15 +55,17 @@ def test_updates_in_turns_pack_nothing_again(monkeypatch):
 
 
 @pytest.mark.parametrize("network", ["policy", "policy_ema", "critic", "critic_target"])
-@pytest.mark.parametrize("how", ["update", "captured update", "fused update", "load_state_dict"])
+@pytest.mark.parametrize("how", ["update", "quick update", "captured update", "fused update", "load_state_dict"])
 def test_whatever_changes_a_network_of_an_agent_is_seen(network, how, cuda_graphs):
     agent = make_agent(5, 2, n_timesteps=2)
     kind = PackedPolicy if network.startswith("policy") else PackedCritic
     packed = kind([getattr(agent, network)], "fp16")
-    if how == "update":
+    if how == "quick update":
+        eager.speed_up(agent)
+    if how.endswith("k update") or how == "update":
         agent.update(make_batch(agent, 6))
     elif how == "captured update":
-        updates = Updates([agent], make_transitions(agent), 6, graph=True)
+        updates = GraphUpdates([agent], make_transitions(agent), 6)
         packed.refresh()
         updates.run(1)
     elif how == "fused update":

@@ -7,8 +7,18 @@ import torch
 
 pytest.importorskip("triton", reason="triton has no package for this platform")
 import hopper  # noqa: E402
-from reference import error, make_agent, needs_interpreter, to_float64  # noqa: E402
-from test_update import away_from_clamps, doubled, fused, imitate, steepen  # noqa: E402
+from reference import (  # noqa: E402
+    away_from_clamps,
+    doubled,
+    error,
+    fused,
+    gradient,
+    imitate,
+    make_agent,
+    needs_interpreter,
+    steepen,
+    to_float64,
+)
 
 from bench import rounding  # noqa: E402
 from kernels import packing  # noqa: E402
@@ -55,6 +65,6 @@ def test_an_imitated_update_is_the_kernels(precision, steepness, arithmetic, mon
     imitate(monkeypatch, precision)
     imitated.update(batch, noise)
     for name, trained in (("policy", update.policy), ("critic", update.critic)):
-        target, kernels = getattr(imitated, f"{name}_vector").grad, trained.gradient[0]
-        rounded = error(kernels, getattr(exact, f"{name}_vector").grad)
+        target, kernels = gradient(getattr(imitated, name)), trained.gradient[0]
+        rounded = error(kernels, gradient(getattr(exact, name)))
         assert 1e-5 < rounded and error(kernels, target) < 0.25 * rounded, name

@@ -1,6 +1,5 @@
 """The fused update against eager updates in float64 and in its own precision, at sizes that fill no tile."""
 
-import dataclasses
 import gc
 import math
 import warnings
@@ -15,63 +14,32 @@ import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 from reference import (  # noqa: E402
     DEVICE,
-    UPDATE_TILES,
-    distance_from_clamps,
+    away_from_clamps,
     doubled,
     error,
+    first_moment,
+    flat,
+    fused,
+    gradient,
+    imitate,
     make_agent,
     make_batch,
     make_noise,
     make_transitions,
     needs_interpreter,
+    steepen,
     to_float64,
 )
 
 import dql  # noqa: E402
 import kernels  # noqa: E402
-from bench import rounding  # noqa: E402
 from bench.rounding import allowed  # noqa: E402
 from dql import Batch, DiffusionQL, UpdateNoise  # noqa: E402
-from kernels import FusedSampler, FusedUpdate, UnsupportedError, training  # noqa: E402
+from kernels import FusedSampler, FusedUpdate, UnsupportedError, eager, training  # noqa: E402
 from kernels.packing import PRECISIONS  # noqa: E402
 from kernels.tiles import Tile, choose_update_tile  # noqa: E402
 
 # What later launches read is garbage until an earlier one has written it.
-MEMORY = "inputs saved du dy epsilons actions target_values q_inputs q_saved q_du q_dy table losses values norms q_norms".split()
-
-
-def fused(agents, batch_size, precision="fp32", transitions=None, **how):
-    update = FusedUpdate(agents, transitions, batch_size, precision, **UPDATE_TILES | how)
-    for name in MEMORY:
-        getattr(update, name).fill_(math.nan)
-    for trained in (update.policy, update.critic):
-        trained.gradient.fill_(math.nan)
-    return update
-
-
-def imitate(monkeypatch, precision):
-    """Eager networks round their operands as the kernels do at this precision."""
-    if precision in rounding.ROUND:
-        policy, critic = dql.DiffusionPolicy, dql.TwinCritic
-        for owner, name in ((policy, "_condition"), (policy, "_noise"), (critic, "forward"), (critic, "single")):
-            monkeypatch.setattr(owner, name, getattr(owner, name))  # so that they are put back
-        rounding.imitate(precision)
-
-
-def away_from_clamps(agent, n, seed=1, margin=2e-3, among=6):
-    """A batch and noise whose chains stay away from the clamps' bounds, where a gradient jumps."""
-    batch, noise, k = make_batch(agent, among * n, seed), agent.draw_noise(among * n), agent.n_target_samples
-    near = distance_from_clamps(agent.policy, batch.state, noise.actor_x_T, noise.actor_noises)
-    rows = torch.nonzero(near > margin)[:n, 0]
-    assert len(rows) == n, f"only {len(rows)} rows of {among * n} stay away from the clamps"
-    targets = (rows[:, None] * k + torch.arange(k, device=rows.device)).flatten()
-    chosen = UpdateNoise(
-        noise.target_x_T[targets], noise.target_noises[:, targets], noise.t[rows], noise.bc_noise[rows], noise.actor_x_T[rows],
-        noise.actor_noises[:, rows], noise.coin,
-    )  # fmt: skip
-    return Batch(*(x[rows] for x in batch)), chosen
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Gradients
 # ---------------------------------------------------------------------------------------------------------------------
@@ -96,16 +64,16 @@ def assert_gradients_are_right(monkeypatch, size, precision, limit, prepare=lamb
     for agent in agents:
         prepare(agent)
     batch, noise = away_from_clamps(agents[0], n)
-    noise.coin.fill_(coin)
-    exact, eager, ours = to_float64(agents[0]), agents[1], agents[2]
+    noise.coin = coin
+    exact, plain, ours = to_float64(agents[0]), agents[1], agents[2]
     exact.update(*doubled(batch, noise))
     update = fused(ours, n, precision)
     metrics = update.step(batch, noise)
     imitate(monkeypatch, precision)
-    expected = eager.update(batch, noise)
+    expected = plain.update(batch, noise)
     for name, trained in (("policy", update.policy), ("critic", update.critic)):
-        target = getattr(exact, f"{name}_vector").grad
-        most = limit * error(getattr(eager, f"{name}_vector").grad, target)
+        target = gradient(getattr(exact, name))
+        most = limit * error(gradient(getattr(plain, name)), target)
         found = error(trained.gradient[0], target)
         assert found <= max(most, FLOAT32), f"{name}: fused {found:.2e}, allowed {most:.2e}"
     return metrics, expected
@@ -128,20 +96,6 @@ def test_gradients_are_right_in_hoppers_arithmetic(size, precision, monkeypatch)
     assert_gradients_are_right(monkeypatch, size, precision, allowed(precision, on_gpu=True))
 
 
-def steepen(agent, steepness):
-    """Let dQ/dz₁ of a critic reach steepness, its last three layers growing alike."""
-    batch = make_batch(agent, 64)
-    x = torch.cat([batch.state, batch.action], dim=1)
-    for model in (agent.critic.q1_model, agent.critic.q2_model):
-        for _ in range(5):
-            z = model[0](x).detach().requires_grad_()
-            (slope,) = torch.autograd.grad(model[1:](z.clone()).sum(), z)
-            with torch.no_grad():
-                for layer in model[2::2]:
-                    layer.weight *= (steepness / slope.abs().max()) ** (1 / 3)
-    agent.critic_target.load_state_dict(agent.critic.state_dict())
-
-
 @pytest.mark.parametrize("steepness", [400.0, 100_000.0])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_gradients_of_a_steep_critic_neither_overflow_nor_vanish(precision, steepness, monkeypatch):
@@ -160,10 +114,10 @@ def test_gradients_of_each_parameter_of_each_layer_are_right(turned):
     update = fused(agents[1], 20, tile=Tile(turned, 32, 64, 4, 2))
     update.step(batch, noise)
     for name, trained in (("policy", update.policy), ("critic", update.critic)):
-        module, target = getattr(exact, name), getattr(exact, f"{name}_vector").grad
+        module = getattr(exact, name)
         sizes = [p.numel() for p in module.parameters()]
-        for (key, _), ours, theirs in zip(module.named_parameters(), trained.gradient[0].split(sizes), target.split(sizes)):
-            assert error(ours, theirs) < 2e-5, f"{name}.{key}"
+        for (key, p), ours in zip(module.named_parameters(), trained.gradient[0].split(sizes)):
+            assert error(ours, p.grad.flatten()) < 2e-5, f"{name}.{key}"
 
 
 def test_no_gradient_passes_where_a_clamp_is_active():
@@ -202,37 +156,41 @@ def test_bias_corrections_are_exact_from_the_first_step_to_the_last(beta, arithm
 
 def weights(agent):
     """Everything an update changes but the count of steps: name -> flat vector."""
-    found = {name: getattr(agent, f"{name}_vector").detach().clone() for name in agent.networks()}
-    for name in ("policy", "critic"):
-        state = getattr(agent, f"{name}_optimizer").state[getattr(agent, f"{name}_vector")]
-        found |= {f"{name} {moment}": state[moment].clone() for moment in ("exp_avg", "exp_avg_sq")}
-    return found
+    found = {name: flat(network) for name, network in agent.networks().items()}
+    state = agent.state_dict()
+    return found | {name: state[name] for name in state if "optimizer.exp_avg" in name}
+
+
+def scale_rates(agents, share):
+    """Learning rates as a schedule sets them."""
+    for agent in agents:
+        agent.policy_optimizer.param_groups[0]["lr"] = share * agent.config.lr
+        agent.critic_optimizer.param_groups[0]["lr"] = share * agent.config.critic_lr
 
 
 def test_twenty_updates_stay_as_near_to_float64_as_eager_ones():
     """Differences are measured by the way: ‖difference‖ / ‖update‖. Averages, decaying rates and both sides of the coin are in it."""
     how = dict(
         n_timesteps=2, max_q_backup=True, eta=0.5, grad_norm=0.5, lr=1e-3, critic_lr=2e-3, tau=0.05, ema_decay=0.9, ema_every=3,
-        ema_start=6, lr_decay_every=4, lr_decay_steps=4,
+        ema_start=6,
     )  # fmt: skip
-    exact, eager, ours = (make_agent(5, 2, **how) for _ in range(3))
-    start, exact, update, coins = weights(eager), to_float64(exact), fused(ours, 6, "fp16x3"), []
+    exact, plain, ours = (make_agent(5, 2, **how) for _ in range(3))
+    start, exact, update, coins = weights(plain), to_float64(exact), fused(ours, 6, "fp16x3"), []
     for i in range(20):
-        batch, noise = away_from_clamps(eager, 6, seed=i)
-        coins.append(float(noise.coin) > 0.5)
+        scale_rates((exact, plain, ours), 1 - i // 4 / 4)
+        batch, noise = away_from_clamps(plain, 6, seed=i)
+        coins.append(noise.coin > 0.5)
         exact.update(*doubled(batch, noise))
-        eager.update(batch, noise)
+        plain.update(batch, noise)
         update.step(batch, noise)
     assert 2 < sum(coins) < 18
-    far, near, mine = weights(exact), weights(eager), weights(ours)
+    far, near, mine = weights(exact), weights(plain), weights(ours)
     for name, target in far.items():
         way = (target - start[name]).norm()
         allowed, found = ((x[name] - target).norm() / way for x in (near, mine))
         assert found < max(3 * allowed, 1e-5), f"{name}: fused {found:.1e}, eager {allowed:.1e}"
-    assert int(ours.step) == 20 and all(
-        int(o.state[v]["step"]) == 20
-        for o, v in ((ours.policy_optimizer, ours.policy_vector), (ours.critic_optimizer, ours.critic_vector))
-    )
+    states = [s for o in (ours.policy_optimizer, ours.critic_optimizer) for s in o.state.values()]
+    assert ours.step == 20 and all(int(state["step"]) == 20 for state in states)
 
 
 def test_one_whole_update_of_the_released_code(oracle):
@@ -257,33 +215,32 @@ def test_one_whole_update_of_the_released_code(oracle):
 
 
 def test_a_rate_that_has_decayed_to_nothing_changes_nothing():
-    agent = make_agent(lr_decay_every=1, lr_decay_steps=3)
-    agent.step.fill_(3)
-    before, update = agent.policy_vector.detach().clone(), fused(agent, 8)
+    agent = make_agent()
+    before, update = flat(agent.policy), fused(agent, 8)
+    scale_rates([agent], 0.0)
     update.step(make_batch(agent, 8), agent.draw_noise(8))
-    assert torch.equal(agent.policy_vector, before)
+    assert torch.equal(flat(agent.policy), before)
 
 
 @pytest.mark.parametrize("start, every, due", [(0, 1, True), (0, 5, True), (1, 1, False), (0, 4, True), (5, 5, False)])
 def test_the_average_follows_its_schedule(start, every, due):
     agent = make_agent(ema_start=start, ema_every=every, ema_decay=0.9, lr=1e-2)
-    before, update = agent.policy_ema_vector.clone(), fused(agent, 8)
+    before, update = flat(agent.policy_ema), fused(agent, 8)
     update.step(make_batch(agent, 8), agent.draw_noise(8))
-    expected = torch.lerp(before, agent.policy_vector.detach(), 0.1) if due else before
-    torch.testing.assert_close(agent.policy_ema_vector.detach(), expected, rtol=1e-6, atol=1e-8)
+    expected = torch.lerp(before, flat(agent.policy), 0.1) if due else before
+    torch.testing.assert_close(flat(agent.policy_ema), expected, rtol=1e-6, atol=1e-8)
 
 
 def test_behaviour_cloning_touches_no_critic():
     agents = [make_agent(algo="bc", n_timesteps=3) for _ in range(2)]
     batch, noise = make_batch(agents[0], 20), agents[0].draw_noise(20)
-    critic = agents[1].critic_vector.detach().clone()
+    critic = flat(agents[1].critic)
     expected, metrics = agents[0].update(batch, noise), fused(agents[1], 20).step(batch, noise)
     assert metrics.keys() == expected.keys()
     for name in expected:
         torch.testing.assert_close(metrics[name], expected[name], rtol=1e-5, atol=1e-6)
-    assert torch.equal(agents[1].critic_vector, critic)
-    first = agents[1].policy_optimizer.state[agents[1].policy_vector]["exp_avg"]
-    assert error(first, agents[0].policy_optimizer.state[agents[0].policy_vector]["exp_avg"].double()) < 1e-5
+    assert torch.equal(flat(agents[1].critic), critic)
+    assert error(first_moment(agents[1], "policy"), first_moment(agents[0], "policy").double()) < 1e-5
 
 
 @pytest.mark.parametrize("algo, n_launches, n_agents", [("ql", 9, 1), ("ql", 9, 3), ("bc", 5, 1)])
@@ -460,7 +417,7 @@ def test_the_modules_see_what_is_trained_and_so_do_other_kernels():
     assert agent.policy.final_layer.weight.untyped_storage().data_ptr() == update.policy.parameters.untyped_storage().data_ptr()
     agent.update(make_batch(agent, 8))  # and plain torch goes on from there, and back
     update.run(1)
-    assert int(agent.step) == 3 and int(agent.state_dict()["policy_optimizer.step"]) == 3
+    assert agent.step == 3 and int(agent.state_dict()["policy_optimizer.step"]) == 3
 
 
 def test_nan_in_one_update_is_nan_in_the_mean():
@@ -483,7 +440,7 @@ def test_fp16_gradients_of_huge_and_tiny_errors_neither_overflow_nor_vanish():
         agents[0].update(batch, noise)
         update = fused(agents[1], 16, "fp16")
         update.step(batch, noise)
-        assert error(update.critic.gradient[0], agents[0].critic_vector.grad.double()) < 2e-3
+        assert error(update.critic.gradient[0], gradient(agents[0].critic).double()) < 2e-3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -545,17 +502,28 @@ def test_an_update_and_its_graph_die_with_their_last_reference(cuda_graphs, monk
 
 
 def test_captured_eager_updates_equal_launched_ones(cuda_graphs):
-    n, how = (200, dict(lr_decay_every=50, lr_decay_steps=10)) if DEVICE == "cuda" else (3, {})
-    agents = [make_agent(5, 2, **SMALL, **how) for _ in range(2)]
+    """Both sides of the coin are in it, and updates in which the averaged policy moves or does not."""
+    from kernels.graphs import GraphUpdates
+
+    n = 200 if DEVICE == "cuda" else 5
+    agents = [make_agent(5, 2, **SMALL) for _ in range(2)]
+    eager.speed_up(agents[0])  # which has the graph's Adam
     transitions = make_transitions(agents[0])
     before = tensors(agents[1])
-    update = dql.Updates([agents[1]], transitions, 6, graph=True)
+    eager.speed_up(agents[1])
+    update = GraphUpdates([agents[1]], transitions, 6)
     assert_same(agents[1], before)
-    metrics = [dql.Updates([agents[0]], transitions, 6).run(n), update.run(n)]
+    metrics = []
+    for share, k in ((1.0, n - 2), (0.5, 2)):
+        if DEVICE == "cuda":  # the imitation keeps the rate
+            scale_rates(agents, share)
+        metrics.append([dql.Updates([agents[0]], transitions, 6).run(k)[0], update.run(k)[0]])
+    assert agents[0].step == agents[1].step == n
     # On a GPU cuBLAS may choose another product for another stream.
     close = dict(rtol=1e-3, atol=1e-4) if DEVICE == "cuda" else dict(rtol=0, atol=0)
     torch.testing.assert_close(tensors(agents[1]), tensors(agents[0]), **close)
-    torch.testing.assert_close(metrics[1][0], metrics[0][0], **close)
+    for launched, captured in metrics:
+        torch.testing.assert_close(captured, launched, **close)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -703,10 +671,3 @@ def test_the_tile_does_not_depend_on_how_many_agents_there_are():
     agents = [make_agent(seed=seed) for seed in range(3)]
     tiles = {FusedUpdate(group, None, 8).tile for group in (agents[0], agents)}
     assert tiles == {choose_update_tile("fp16", hidden_dim=128)}
-
-
-def test_what_agents_must_share_is_all_that_the_launches_read_of_one():
-    """Every hyperparameter of DiffusionQL is either shared, or part of the networks, or may differ."""
-    options = {f.name for f in dataclasses.fields(dql.Config)} & set(DiffusionQL.__init__.__kwdefaults__)
-    elsewhere = {"device", "seed", "max_q_backup", "n_timesteps", "schedule", "hidden_dim"}  # max_q_backup is n_target_samples
-    assert options - elsewhere <= set(kernels.update.SHARED)

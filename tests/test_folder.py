@@ -9,8 +9,16 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-import run_folder
-from run_folder import RunError, RunFolder, load_json, load_tensors, save_json, save_tensors, select_checkpoints
+from trainer import folder, provenance
+from trainer.folder import (
+    RunError,
+    RunFolder,
+    load_json,
+    load_tensors,
+    save_json,
+    save_tensors,
+    select_checkpoints,
+)
 
 
 def evaluations(bc_loss, score=None):
@@ -102,8 +110,8 @@ def full_disk_as_the_library_says_it(tensors, path, metadata):
 @pytest.mark.parametrize(
     "owner, name, fails",
     [
-        (run_folder, "save_file", full_disk),
-        (run_folder, "save_file", full_disk_as_the_library_says_it),
+        (folder, "save_file", full_disk),
+        (folder, "save_file", full_disk_as_the_library_says_it),
         (os, "replace", full_disk),
     ],
 )
@@ -232,8 +240,8 @@ def test_the_curve_is_a_picture_of_both_losses_and_scores(run):
 
 
 def test_a_run_says_of_which_commit_it_is_and_nothing_where_git_is_missing(monkeypatch):
-    assert run_folder.versions()["commit"] == run_folder.commit()
+    assert provenance.describe()["commit"] == provenance.commit()
     monkeypatch.setenv("PATH", "")
-    assert run_folder.commit() == ""
+    assert provenance.commit() == ""
     monkeypatch.setenv("DQL_COMMIT", "abc1234")  # as a node of a cluster is told
-    assert run_folder.versions()["commit"] == "abc1234"
+    assert provenance.describe()["commit"] == "abc1234"

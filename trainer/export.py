@@ -25,7 +25,10 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from run_folder import RunError, save_json, save_tensors, saved
+from kernels import eager
+from trainer.evaluation import load_run
+from trainer.folder import RunError, save_json, save_tensors, saved
+from trainer.options import Options
 
 
 class Acting(nn.Module):
@@ -35,10 +38,10 @@ class Acting(nn.Module):
         super().__init__()
         self.policy, self.critic_target = copy.deepcopy((policy, critic_target))
         self.cpu().requires_grad_(False)
+        eager.speed_up_networks([self.policy], [self.critic_target] if critic_target else [])
 
     def forward(self, state, x_T, noises, gumbel=None):
-        # Not policy.sample, which computes in pieces whose number depends on that of the rows: this is traced once for any.
-        candidates = self.policy._chain(state, x_T, noises)
+        candidates = self.policy.sample(state, x_T=x_T, noises=noises)
         if gumbel is None:
             return candidates
         B, n, A = state.shape[0], gumbel.shape[1], self.policy.action_dim
@@ -143,3 +146,17 @@ def equations(T: int, n: int) -> list[str]:
         "action: of a state's candidates the one with the largest min(Q_1, Q_2) + gumbel, a draw from softmax(min(Q_1, Q_2))",
     ]
     return sample + choose if n > 1 else sample
+
+
+def export_run(options: Options) -> None:
+    """--export: write the policy of a run's chosen checkpoint for use without this project."""
+    folder, file = options.export
+    run, _, agent, chosen = load_run(folder, options)
+    made = run.config()
+    facts = {"run": run.path.resolve().name, "task": options.env, **chosen}
+    facts |= {"crc32": made["data"]["crc32"], "seed": options.seed, "quick": options.quick}
+    facts |= {"versions": made["versions"]}
+    for path in export_policy(agent, file, n_candidates=options.n_candidates, facts=facts):
+        print(f"wrote {path}, {path.stat().st_size:,} bytes")
+    found = f"score {chosen['score']:.1f} ({chosen['data']})"
+    print(f"{options.env}, {options.which} (update {chosen['step']:,}): {found}")

@@ -13,16 +13,11 @@ moved when whole, so that a run killed at any moment leaves files that can be re
 """
 
 import json
-import os
-import platform
-import subprocess
 import tempfile
-from contextlib import contextmanager, suppress
-from importlib.metadata import PackageNotFoundError, version
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -71,42 +66,6 @@ def restore(agent, path: Path, **how) -> None:
         agent.load_state_dict(tensors, **how)
     except (KeyError, RuntimeError) as e:
         raise RunError(f"checkpoint {path} does not fit this configuration: {str(e).splitlines()[-1].strip()}") from e
-
-
-def commit() -> str:
-    """This checkout's commit, with "+changes" when tracked files differ from it; "" outside of a checkout.
-
-    $DQL_COMMIT, if set, says it instead: to a node of a cluster the code comes without its history.
-    """
-    if "DQL_COMMIT" in os.environ:
-        return os.environ["DQL_COMMIT"]
-
-    def git(*words):
-        return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
-    except OSError:  # no git here
-        return ""
-
-
-def cpu_name() -> str:
-    """The processor's name, where the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def versions() -> dict:
-    """Of everything that a run's figures depend on."""
-    packages = {}
-    for name in ("torch", "triton", "numpy", "mujoco", "gymnasium", "gymnasium-robotics"):
-        with suppress(PackageNotFoundError):  # not every task and backend needs each
-            packages[name] = version(name)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
-    return {"commit": commit(), "python": platform.python_version(), **packages, "device": device}
 
 
 def save_json(path: Path, content) -> None:

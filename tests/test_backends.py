@@ -1,0 +1,220 @@
+"""trainer/backends.py: what acts and what trains is tried first, and falls back where it may.
+
+The fused kernels run on a CPU in Triton's interpreter.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from tiny_runs import ENV, TINY
+
+import dql
+import tasks
+from dql import DiffusionBC, DiffusionQL
+from kernels import eager
+from trainer import backends
+from trainer.backends import FusedActing, choose_acting
+from trainer.data import load_transitions
+from trainer.evaluation import evaluate
+from trainer.options import Options, UserError
+
+pytestmark = pytest.mark.usefixtures("short_episodes")
+
+SMALL = dict(hidden_dim=128, n_timesteps=2)
+
+
+def generator():
+    return torch.Generator().manual_seed(1)
+
+
+@pytest.fixture
+def kernels():
+    pytest.importorskip("triton", reason="triton has no package for this platform")
+    if torch.cuda.is_available():
+        pytest.skip("these agents are on the CPU, where kernels need the interpreter")
+    import kernels
+
+    return kernels
+
+
+@pytest.mark.parametrize("make", [DiffusionQL, DiffusionBC])
+def test_fused_acting_takes_the_actions_of_plain_acting(kernels, make):
+    agent = make(5, 2, **SMALL)
+    act, states, differs = FusedActing(agent, 6, "fp16"), torch.randn(4, 5).numpy(), []
+    for state in (states, states[0]):
+        action, expected = act(state, generator()), agent.act(state, 6, generator=generator())
+        assert isinstance(action, np.ndarray) and action.shape == expected.shape
+        # fp16's rounding; another candidate would be further away
+        np.testing.assert_allclose(action, expected, rtol=0, atol=2e-3)
+        differs.append((action != expected).any())
+    assert any(differs), "the kernels did not act"
+
+
+@pytest.mark.parametrize("make", [DiffusionQL, DiffusionBC])
+def test_kernels_that_act_differently_are_refused(kernels, monkeypatch, make):
+    agent, refresh = make(5, 2, **SMALL), kernels.packing.PackedPolicy.refresh
+
+    def broken(packed):
+        refresh(packed)
+        packed.bias[:, 3 * packed.hidden_dim :] += 0.5
+
+    monkeypatch.setattr(kernels.packing.PackedPolicy, "refresh", broken)
+    with pytest.raises(ValueError, match="away from plain torch's"):
+        FusedActing(agent, 6, "fp16")
+
+
+def test_acting_falls_back_with_a_line_or_refuses(kernels, monkeypatch, capsys):
+    class OnGPU:
+        device = torch.device("cuda")
+
+    def refuse(*_):
+        raise kernels.UnsupportedError("hidden_dim 100 is not one of (128, 256, 512)")
+
+    monkeypatch.setattr(backends, "FusedActing", refuse)
+    choose_acting(Options(backend="auto"), [OnGPU()])
+    line = capsys.readouterr().out
+    assert "plain torch" in line and "hidden_dim 100" in line and line.count("\n") == 1
+    with pytest.raises(UserError, match="--backend fused is not available: hidden_dim 100"):
+        choose_acting(Options(backend="fused"), [OnGPU()])
+    monkeypatch.setattr(kernels, "why_not", lambda: "no CUDA GPU was found")
+    with pytest.raises(UserError, match="no CUDA GPU"):
+        choose_acting(Options(backend="fused"), [DiffusionQL(5, 2, **SMALL)])
+    choose_acting(Options(backend="auto"), [DiffusionQL(5, 2, **SMALL)])  # on a CPU: expected
+    choose_acting(Options(backend="eager"), [OnGPU()])
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "weight, message",
+    [
+        (math.nan, "not finite at update 7"),
+        (1e6, "at update 7 .* cannot hold: take --precision tf32"),
+    ],
+)
+def test_kernels_name_a_diverged_policy(kernels, weight, message):
+    agent = DiffusionQL(5, 2, **SMALL)
+    act = FusedActing(agent, 3, "fp16")
+    with torch.no_grad():
+        agent.policy.final_layer.weight[0, 0] = weight
+
+    class Task:
+        episode_limit = 1
+
+        def evaluate(self, act, *_, **__):
+            act(np.zeros((1, 5), np.float32))
+
+    with pytest.raises(UserError, match=message):
+        evaluate(act, Task(), Options(n_candidates=3), 1, 7, agent.device)
+
+
+def test_auto_compiles_a_long_run_where_it_can(monkeypatch):
+    tried, agents = [], [DiffusionQL(3, 2, hidden_dim=16)]
+    monkeypatch.setattr(backends, "make_updates", lambda backend, *_: tried.append(backend))
+    for compiler, updates in ((True, 20_000), (True, 19_999), (False, 20_000)):
+        monkeypatch.setattr(backends.eager, "has_compiler", lambda: compiler)
+        backends.choose_updates(Options(epochs=1, updates_per_epoch=updates), agents, None)
+    assert tried == ["compile", "eager", "eager"]
+
+
+def tiny_agents(n=1):
+    return [dql.DiffusionQL(29, 8, hidden_dim=128, n_timesteps=2, seed=seed) for seed in range(n)]
+
+
+def transitions_of(data):
+    task = tasks.get(ENV)
+    dataset = tasks.load(task, data, log=lambda line: None)
+    return load_transitions(Options(), dataset, "cpu")
+
+
+def test_trying_the_fused_update_changes_nothing(data, few_programs):
+    agents = tiny_agents(2)
+    before = [{name: value.clone() for name, value in agent.state_dict().items()} for agent in agents]
+    backends.make_updates("fused", Options(batch_size=8), agents, transitions_of(data))
+    for agent, state in zip(agents, before):
+        for name, value in agent.state_dict().items():
+            assert torch.equal(value, state[name]), name
+
+
+def test_a_fused_update_that_is_wrong_is_refused(data, few_programs, monkeypatch):
+    adam = few_programs.FusedUpdate(tiny_agents(), None, 8).__class__._weight_gradients
+
+    def wrong(update, trained, *args):
+        adam(update, trained, *args)
+        update.norms.mul_(1.3)
+
+    monkeypatch.setattr(few_programs.update.FusedUpdate, "_weight_gradients", wrong)
+    with pytest.raises(ValueError, match="its actor_grad_norm is"):
+        backends.make_updates("fused", Options(batch_size=8), tiny_agents(), transitions_of(data))
+
+
+def test_a_backend_that_cannot_be_captured_leaves_agents_as_they_were(data, few_programs, cuda_graphs, monkeypatch):
+    """So the next slower one trains what was to be trained."""
+    agents, whole = tiny_agents(), few_programs.FusedUpdate
+    before = {name: value.clone() for name, value in agents[0].state_dict().items()}
+
+    def replaying(*args):
+        update = whole(*args)
+        update.replays = True
+        return update
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(few_programs, "FusedUpdate", replaying)
+    monkeypatch.setattr("kernels.update.PER_REPLAY", 1)
+    monkeypatch.setattr("kernels.graphs.WARM_UP", 1)
+    monkeypatch.setattr(torch.cuda, "graph", broken)
+    for backend in ("fused", "graph"):
+        with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+            backends.make_updates(backend, Options(batch_size=8), agents, transitions_of(data))
+        for name, value in agents[0].state_dict().items():
+            assert torch.equal(value, before[name]), f"{backend}: {name}"
+
+
+def test_auto_takes_the_next_slower_backend_with_a_line_that_says_why(monkeypatch, capsys):
+    class OnGPU:
+        device = torch.device("cuda")
+
+    def make(backend, *_):
+        if backend != "eager":
+            raise ValueError(f"{backend} is broken\nand here is why at length")
+        return backend
+
+    monkeypatch.setattr(backends, "make_updates", make)
+    assert backends.choose_updates(Options(), [OnGPU()], None) == "eager"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["updates will not be fused: fused is broken", "updates will not be graph: graph is broken"]
+    for backend in ("fused", "compile"):
+        with pytest.raises(UserError, match=f"--backend {backend} is not available: {backend} is broken$"):
+            backends.choose_updates(Options(backend=backend), [OnGPU()], None)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_backends_that_this_machine_cannot_have_are_refused_by_name(tmp_path, data, capsys, monkeypatch):
+    pytest.importorskip("triton", reason="triton has no package for this platform")
+    import kernels
+
+    arguments = [*TINY, "--data", data, "--out", str(tmp_path)]
+    assert dql.main([*arguments, "--backend", "graph"]) == 1
+    assert "--backend graph is not available: CUDA graphs need a CUDA GPU" in capsys.readouterr().err
+    assert dql.main([*arguments, "--backend", "fused"]) == 1
+    assert "--backend fused is not available: hidden_dim 16 is not one of" in capsys.readouterr().err
+    monkeypatch.setattr(kernels, "why_not", lambda: "no CUDA GPU was found")
+    assert dql.main([*arguments, "--backend", "fused"]) == 1
+    assert "--backend fused is not available: no CUDA GPU" in capsys.readouterr().err
+    monkeypatch.setattr(eager.shutil, "which", lambda name: None)
+    assert dql.main([*arguments, "--backend", "compile"]) == 1
+    assert "--backend compile is not available: it needs a C++ compiler" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not eager.has_compiler(), reason="there is no C++ compiler")
+def test_compiled_updates_are_the_eager_ones(data):
+    agents = [dql.DiffusionBC(29, 8, hidden_dim=16, n_timesteps=1) for _ in range(2)]
+    for agent, backend in zip(agents, ("eager", "compile")):
+        updates = backends.make_updates(backend, Options(batch_size=8), [agent], transitions_of(data))
+        means = updates.run(2)
+    assert agents[1].step == 2 and set(means[0]) == {"bc_loss", "actor_grad_norm"}
+    states = [agent.policy.state_dict() for agent in agents]
+    torch.testing.assert_close(*states, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,120 @@
+"""Whole runs in miniature, by the command line, and how they are compared. Fixtures of theirs are in conftest.py."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+import dql
+import tasks
+from trainer import folder
+
+ENV = "antmaze-umaze-v0"
+
+
+# 4 epochs of 5 updates, an evaluation after every second. Everything that a resumed run has to restore is in use.
+TINY = (
+    "--hidden-dim 16 --n-timesteps 2 --updates-per-epoch 5 --epochs 4 --eval-every 2 --eval-episodes 2 --batch-size 8 "
+    "--n-candidates 2 --ema-start 4 --ema-every 2 --lr-decay cosine --threads 1 --device cpu"
+).split()
+
+
+def write_hdf5(path, n=200, seed=0, state_dim=29, action_dim=8):
+    """Random transitions in D4RL's layout."""
+    rng = np.random.default_rng(seed)
+    with h5py.File(path, "w") as file:
+        file["observations"] = rng.standard_normal((n, state_dim), np.float32)
+        file["actions"] = rng.uniform(-1, 1, (n, action_dim)).astype(np.float32)
+        file["rewards"] = (rng.random(n) < 0.1).astype(np.float32)
+        file["terminals"] = rng.random(n) < 0.1
+        file["timeouts"] = rng.random(n) < 0.05
+    return path
+
+
+def shorten_episodes(set_item=dict.__setitem__):
+    set_item(tasks._TASKS, ENV, dataclasses.replace(tasks.get(ENV), episode_limit=3))
+
+
+def draw_nothing(set_attribute=setattr):
+    set_attribute(tasks.Task, "draw", lambda *_: None)
+    set_attribute(folder.RunFolder, "draw_curve", lambda *_: None)
+
+
+def train(data, out, *options) -> Path:
+    """A run by the command line, which must end well; -> its folder."""
+    assert dql.main([*TINY, "--data", str(data), "--out", str(out), *options]) == 0
+    return the_run(out)
+
+
+def the_run(out) -> Path:
+    (run,) = Path(out).iterdir()
+    return run
+
+
+def records(run, kind=None):
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    timing = ("seconds", "updates_per_second")
+    return [{k: v for k, v in r.items() if k not in timing} for r in lines if kind in (None, r["kind"])]
+
+
+def assert_same_tensors(path, other):
+    tensors, others = load_file(path), load_file(other)
+    assert tensors.keys() == others.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, others[name]), name
+
+
+def assert_same_run(run, other):
+    """Every tensor of the final state, every kept checkpoint, every number logged and selected."""
+    assert_same_tensors(run / "resume.safetensors", other / "resume.safetensors")
+    checkpoints = sorted(p.name for p in (other / "checkpoints").iterdir())
+    assert sorted(p.name for p in (run / "checkpoints").glob("step_*")) == checkpoints
+    for name in checkpoints:
+        assert_same_tensors(run / "checkpoints" / name, other / "checkpoints" / name)
+    assert records(run) == records(other)
+    assert (run / "selection.json").read_text() == (other / "selection.json").read_text()
+
+
+def on_call(n, what, before):
+    """`what`, but its n-th call runs `before` on the arguments first."""
+    count = 0
+
+    def wrapped(*args, **kwargs):
+        nonlocal count
+        count += 1
+        if count == n:
+            before(*args)
+        return what(*args, **kwargs)
+
+    return wrapped
+
+
+def by_seed(out) -> dict:
+    return {json.loads((run / "config.json").read_text())["config"]["seed"]: run for run in Path(out).iterdir()}
+
+
+class Film:
+    """Stands in for the gymnasium environment: n steps, then done; its pictures are grey and grow lighter."""
+
+    metadata = {"render_fps": 10}
+
+    def __init__(self, n=6):
+        self.n, self.t, self.closed = n, 0, False
+
+    def reset(self, seed):
+        return np.zeros(29), {}
+
+    def step(self, action):
+        assert action.shape == (8,) and np.abs(action).max() <= 1
+        self.t += 1
+        return np.zeros(29), float(self.t == self.n), self.t == self.n, False, {}
+
+    def render(self):
+        return np.full((8, 8, 3), 40 * self.t, np.uint8)
+
+    def close(self):
+        self.closed = True

@@ -1,0 +1,13 @@
+"""The run around dql.py: command line, loop, folder on disk, evaluation, export, released checkpoints.
+
+command.py     what `python dql.py` does
+options.py     every option, its default by task, and what is refused
+loop.py        train: epochs of updates, evaluations, saves, resuming
+backends.py    what makes the updates and what acts: plain torch, compiled, graphs, fused kernels
+data.py        a data set to dql.Transitions, rewards tuned
+evaluation.py  scores; --eval
+folder.py      a run's files
+export.py      --export
+released.py    checkpoints of the authors' code
+provenance.py  commit, versions, machine
+"""
