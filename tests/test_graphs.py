@@ -27,7 +27,7 @@ def test_packed_networks_are_found_and_packed_again_before_a_replay(cuda_graphs)
     policy, critic = make_policy(), make_critic()
     sampler, actor = FusedSampler(policy), FusedActor(policy, critic, 5)
     state = make_noise(policy, 2)[0]
-    graph = graphs.Captured(lambda s: (sampler(s), actor(s)), state)
+    graph = graphs.Captured(lambda s: (sampler(s), actor(s)), state, fused=[sampler, actor])
     assert graph.packed == [sampler.packed, actor.policy, actor.critic]
     sampler(state)  # later calls belong to no graph
     assert len(graph.packed) == 3
@@ -147,14 +147,14 @@ def test_a_replay_sees_what_was_trained_since_the_capture(cuda_graphs, how):
     policy = agent.policy
     sampler = FusedSampler(policy, "fp32")
     inputs = make_noise(policy, 10)
-    graph = graphs.Captured(lambda *given: sampler(*given), *inputs)  # found although it is wrapped
+    graph = graphs.Captured(lambda *given: sampler(*given), *inputs, fused=[sampler])
     before = graph(*inputs).clone()
     if how == "a write":
         with torch.no_grad():
             policy.final_layer.bias += 0.5
     elif how == "an optimizer":
         policy.bc_loss(inputs[0], inputs[1]).backward()
-        torch.optim.Adam(policy.parameters(), lr=1e-2, fused=True).step()
+        torch.optim.Adam(policy.parameters(), lr=1e-2).step()
     else:
         batch = torch.randn(32, 11), torch.rand(32, 3), torch.randn(32, 11), torch.randn(32, 1), torch.ones(32, 1)
         agent.update([x.to(DEVICE) for x in batch])
@@ -208,3 +208,11 @@ def test_a_numpy_actor_waits_for_its_own_device(cuda_graphs):
     act.captured.device = torch.device("cuda:1")
     act(np.ones(4))
     assert recorded.synchronized == [1]
+
+
+@pytest.mark.gpu
+def test_a_capture_that_names_no_fused_sampler_is_refused():
+    """Its replays would go on with the weights of today."""
+    sampler = FusedSampler(make_policy())
+    with pytest.raises(UnsupportedError, match="fused="):
+        graphs.Captured(lambda s: sampler(s), make_noise(make_policy(), 3)[0])
