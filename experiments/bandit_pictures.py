@@ -8,8 +8,8 @@ from matplotlib.patches import Circle
 
 from experiments.bandit_data import CORNERS, NAMES, REWARDS, SIGMA
 from experiments.bandit_policies import CLIMBING, CLONING, DIFFUSION
-from experiments.runs import mean_and_spread
 from trainer.folder import saved
+from trainer.scores import mean_and_spread
 
 CRITICS_FIRST = "Diffusion-QL, critics first"
 SHOWN = 100  # samples of a policy that climbs Q, as in the paper

@@ -19,9 +19,10 @@ import scipy.stats
 from matplotlib.figure import Figure
 
 import tasks
-from experiments.runs import Job, finished_runs, load, mean_and_spread, mean_and_std, without_free
+from experiments.runs import Job, finished_runs, load, without_free
 from trainer.folder import save_json, saved
 from trainer.provenance import describe
+from trainer.scores import mean_and_spread, mean_and_std
 
 # The paper's scores: mean and spread with offline selection, mean with online selection.
 PUBLISHED = {

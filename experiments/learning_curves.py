@@ -17,19 +17,11 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 import tasks
-from experiments.runs import (
-    RESULTS,
-    ROOT,
-    complete,
-    load,
-    make_job,
-    mean_and_spread,
-    mean_and_std,
-    records,
-)
+from experiments.runs import RESULTS, ROOT, complete, load, make_job, records
 from tasks.generate import cached
 from trainer.folder import save_json, saved
 from trainer.provenance import describe
+from trainer.scores import mean_and_spread, mean_and_std
 
 COLOURS = {"bc": "tab:orange", "ql": "tab:blue"}
 RULES = ("last", "best", "offline", "offline_released")

@@ -19,11 +19,12 @@ import torch
 import dql
 from bench.rounding import ROUND, imitate
 from bench.timing import device_slug
-from experiments.runs import RESULTS, ROOT, Job, complete, make_job, mean_and_std, records
+from experiments.runs import RESULTS, ROOT, Job, complete, make_job, records
 from kernels.eager import has_compiler
 from trainer.folder import save_json
 from trainer.options import Options
 from trainer.provenance import describe
+from trainer.scores import mean_and_std
 
 ENV = "antmaze-umaze-v0"
 IMITATE = "--imitate"

@@ -21,7 +21,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from safetensors import SafetensorError, safe_open
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -133,18 +132,6 @@ def unfinished(job: Job) -> Job:
     """The job with only the seeds that have no finished run here."""
     done = finished_runs(job)
     return job._replace(configs={s: config for s, config in job.configs.items() if s not in done})
-
-
-def mean_and_std(scores) -> tuple[float, float | None]:
-    """Mean and standard deviation over seeds; None if there is only one."""
-    mean = float(np.mean(scores))
-    return mean, float(np.std(scores, ddof=1)) if len(scores) > 1 else None
-
-
-def mean_and_spread(scores, digits=1) -> str:
-    """The same as text: 51.2 ± 3.4"""
-    mean, std = mean_and_std(scores)
-    return f"{mean:.{digits}f}" + (f" ± {std:.{digits}f}" if std is not None else "")
 
 
 # ---- Making --------------------------------------------------------------------------------------

@@ -10,8 +10,9 @@ from conftest import ROOT
 from d4rl_runs import LARGE, MEDIUM, UMAZE, alive, wait_for
 
 from experiments import learning_curves, precision
-from experiments.runs import complete, finished_runs, make_job, mean_and_spread, reason
+from experiments.runs import complete, finished_runs, make_job, reason
 from trainer.options import parse
+from trainer.scores import mean_and_spread
 
 
 def test_a_job_is_one_process_and_is_not_made_again(d4rl_command):

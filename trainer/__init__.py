@@ -9,5 +9,7 @@ evaluation.py  scores; --eval
 folder.py      a run's files
 export.py      --export
 released.py    checkpoints of the authors' code
+scores.py      mean and standard deviation over seeds
+setup.py       the device and the agents that options ask for
 provenance.py  commit, versions, machine
 """

@@ -15,6 +15,7 @@ from trainer.evaluation import evaluate
 from trainer.folder import RunError, RunFolder, restore, save_tensors
 from trainer.options import Options, UserError
 from trainer.provenance import describe
+from trainer.scores import mean_and_spread
 from trainer.setup import choose_device, make_agent
 
 LOG_EVERY = 100  # updates between looks at the losses: the only times the host waits for the device
@@ -98,12 +99,7 @@ def _print_scores(selections: list[dict], label: str) -> None:
             print(f"  {rule:<17}{scores[0]:6.1f}   (update {chosen[0]['step']:,})")
         else:
             each = ", ".join(f"{score:.1f}" for score in scores)
-            print(f"  {rule:<17}{mean_and_spread(scores)}   ({each})")
-
-
-def mean_and_spread(scores) -> str:
-    """Over seeds; the spread is their standard deviation."""
-    return f"{np.mean(scores):6.1f} ± {np.std(scores, ddof=1):.1f}"
+            print(f"  {rule:<17}  {mean_and_spread(scores)}   ({each})")
 
 
 def run_epochs(each, agents, updates, acting, task, label, runs) -> None:
