@@ -129,15 +129,18 @@ class GraphUpdates:
 
     def __init__(self, agents, transitions, batch_size):
         self.agents, self.sums = agents, [{} for _ in agents]
+        given = [[o.param_groups[0]["lr"] for o in _optimizers(agent)] for agent in agents]
         self.rates = [[_capturable(o) for o in _optimizers(agent)] for agent in agents]
         self.graphs = []
-        for agent, sums in zip(agents, self.sums):
-            kinds = {(moves, coin > 0.5): (step, coin) for moves, step in _steps(agent).items() for coin in (0.0, 1.0)}
-            graphs = {kind: self._capture(agent, transitions, batch_size, sums, *of) for kind, of in kinds.items()}
-            self.graphs.append(graphs)
-        for agent, rates in zip(agents, self.rates):
-            for optimizer, rate in zip(_optimizers(agent), rates):
-                optimizer.param_groups[0]["lr"] = float(rate)  # a number again, for whoever sets it
+        try:
+            for agent, sums in zip(agents, self.sums):
+                kinds = {(moves, coin > 0.5): (step, coin) for moves, step in _steps(agent).items() for coin in (0.0, 1.0)}
+                graphs = {kind: self._capture(agent, transitions, batch_size, sums, *of) for kind, of in kinds.items()}
+                self.graphs.append(graphs)
+        finally:
+            for agent, rates in zip(agents, given):
+                for optimizer, rate in zip(_optimizers(agent), rates):
+                    optimizer.param_groups[0]["lr"] = rate  # a number again, for whoever sets it
 
     def _capture(self, agent, transitions, batch_size, sums, step, coin):
         """An update of the kind that it is at this step with this coin."""
