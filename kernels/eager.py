@@ -152,7 +152,7 @@ def sample(policy, state, *, x_T=None, noises=None):
     if noises is None:
         shape = policy.n_timesteps, *x_T.shape
         noises = torch.randn(*shape, device=state.device, dtype=state.dtype)
-    if pieces := _pieces(state, x_T):
+    if pieces := _pieces(policy, state, x_T):
         chains = (_chain(policy, state[s], x_T[rows], noises[:, rows]) for s, rows in pieces)
         return torch.cat(list(chains))
     return _chain(policy, state, x_T, noises)
@@ -175,20 +175,23 @@ def _chain(policy, state, x_T, noises):
 def values(critic, state, action):
     """TwinCritic.forward"""
     plain = functools.partial(type(critic).forward, critic)
-    if pieces := _pieces(state, action):
+    if pieces := _pieces(critic, state, action):
         parts = [plain(state[s], action[rows]) for s, rows in pieces]
         return tuple(torch.cat(q) for q in zip(*parts))
     return plain(state, action)
 
 
-def _pieces(state, x) -> list:
+def _pieces(module, state, x) -> list:
     """Slices of the states (B,·) and of their rows in x (n·B,·), CPU_ROWS rows each at most; none
     where all go at once: few rows, another device, or a gradient, which keeps them all anyway."""
     if torch.compiler.is_exporting():  # one program for any number of rows
         return []
     n = len(x) // len(state)
     size = max(1, CPU_ROWS // n)
-    if len(state) <= size or state.device.type != "cpu" or torch.is_grad_enabled():
+    if len(state) <= size or state.device.type != "cpu":
+        return []
+    learns = x.requires_grad or next(module.parameters()).requires_grad
+    if learns and torch.is_grad_enabled():
         return []
     firsts = range(0, len(state), size)
     return [(slice(i, i + size), slice(i * n, (i + size) * n)) for i in firsts]
