@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTED = "ops packing sampler actor update graphs rounding".split()
 TESTS = [f"tests/test_{name}.py" for name in TESTED]
 OVERRUN = 2  # times its estimate, after which a part is ended: one that hangs leaves time to others
-GRACE = 15  # seconds to say so; five were once too few on a busy machine
+GRACE = 5  # seconds to say so
 
 
 class Part(NamedTuple):
@@ -71,12 +71,19 @@ def fitted(part: Part, left: float, quick: bool) -> tuple[list, float] | None:
     return None
 
 
+def hear_interrupts() -> None:
+    """A shell starts what it runs in the background deaf to SIGINT, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def run(command: list, limit: float) -> str:
     """python -m command, which prints as it goes -> why it failed, or nothing"""
     words = [sys.executable, "-m", *command]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     # A session of its own, so that it can be ended with all the processes that it has started.
-    process = subprocess.Popen(words, cwd=ROOT, env=environment, start_new_session=True)
+    process = subprocess.Popen(
+        words, cwd=ROOT, env=environment, start_new_session=True, preexec_fn=hear_interrupts
+    )
     try:
         status = process.wait(limit)
     except subprocess.TimeoutExpired:

@@ -34,6 +34,7 @@ STOP_SECONDS = 20  # for dql.py to end by itself after an interrupt
 DIE_WITH_PARENT = """
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, which an exec keeps
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell's background job would ignore
 if os.getppid() == int(sys.argv[1]):  # else it is dead already
     os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 """
