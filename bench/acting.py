@@ -32,7 +32,19 @@ from kernels import eager
 
 CANDIDATES = 50
 CHECKED_STATES = 8  # at least: rounding errors in the values of one state are alike
-COLUMNS = ["states", "contestant", "precision", "p20", "p50", "p80", "ratio", "decisions_per_s", "tflops", "share", "error"]
+COLUMNS = [
+    "states",
+    "contestant",
+    "precision",
+    "p20",
+    "p50",
+    "p80",
+    "ratio",
+    "decisions_per_s",
+    "tflops",
+    "share",
+    "error",
+]
 
 
 def flops_per_decision(agent) -> int:
@@ -49,14 +61,27 @@ def error(actual, exact) -> float:
 def check_fused(agent, actor, state) -> float:
     """The values' relative error, of CHECKED_STATES at least: the state's, and others where they are fewer. Raises SystemExit where
     it, or the candidates', is over what rounding.allowed() grants, and where an action is not the best candidate."""
-    rows, policy, critic, precision = CANDIDATES * len(state), agent.policy, agent.critic_target, actor.policy.precision
-    policy_64, critic_64, rounds = copy.deepcopy(policy).double(), copy.deepcopy(critic).double(), []
+    rows, policy, critic, precision = (
+        CANDIDATES * len(state),
+        agent.policy,
+        agent.critic_target,
+        actor.policy.precision,
+    )
+    policy_64, critic_64, rounds = (
+        copy.deepcopy(policy).double(),
+        copy.deepcopy(critic).double(),
+        [],
+    )
     for seed in range(1, 1 + math.ceil(CHECKED_STATES / len(state))):
         others, x_T, noises = make_noise(policy, rows, state.device, seed)
         s = state if seed == 1 else others[: len(state)]
         gumbel = -torch.empty(len(s), CANDIDATES, device=s.device).exponential_().log()
         action = actor(s, x_T, noises, gumbel)
-        own, values, s = actor.candidates[:rows].clone(), actor.values[:rows].clone(), s.repeat_interleave(CANDIDATES, 0)
+        own, values, s = (
+            actor.candidates[:rows].clone(),
+            actor.values[:rows].clone(),
+            s.repeat_interleave(CANDIDATES, 0),
+        )
         exact = policy_64.sample(s.double(), x_T=x_T.double(), noises=noises.double())
         exact_q = torch.minimum(*critic_64(s.double(), own.double()))[:, 0]
         with torch.no_grad(), arithmetic(precision, s.device.type):
@@ -64,14 +89,23 @@ def check_fused(agent, actor, state) -> float:
             eager_q = torch.minimum(*critic(s, own))[:, 0]
         rounds.append((exact, eager, own, exact_q, eager_q, values))
         best = (values.view(len(state), -1) + gumbel).argmax(1)
-        chosen = own.view(len(state), CANDIDATES, -1)[torch.arange(len(state), device=s.device), best]
+        chosen = own.view(len(state), CANDIDATES, -1)[
+            torch.arange(len(state), device=s.device), best
+        ]
         if not torch.equal(action, chosen):
-            raise SystemExit(f"fused {precision}, {len(state)} states: an action is not the best candidate")
+            raise SystemExit(
+                f"fused {precision}, {len(state)} states: an action is not the best candidate"
+            )
     exact, eager, own, exact_q, eager_q, values = (torch.cat(parts) for parts in zip(*rounds))
-    found, plain = (error(own, exact), error(values, exact_q)), (error(eager, exact), error(eager_q, exact_q))
+    found, plain = (
+        (error(own, exact), error(values, exact_q)),
+        (error(eager, exact), error(eager_q, exact_q)),
+    )
     times = allowed(precision, state.is_cuda)
     if not (found[0] <= times * plain[0] and found[1] <= times * plain[1]):
-        raise SystemExit(f"fused {precision}, {len(state)} states: errors {found}, eager ones {plain}")
+        raise SystemExit(
+            f"fused {precision}, {len(state)} states: errors {found}, eager ones {plain}"
+        )
     return found[1]
 
 
@@ -110,7 +144,12 @@ def gpu_calls(agent, state, compiled: bool) -> dict:
 
         @torch.no_grad()
         def act(state):
-            noise = torch.randn(agent.policy.n_timesteps + 1, CANDIDATES * len(state), ACTION_DIM, device=state.device)
+            noise = torch.randn(
+                agent.policy.n_timesteps + 1,
+                CANDIDATES * len(state),
+                ACTION_DIM,
+                device=state.device,
+            )
             actions, q = agent.propose(state, noise)
             pick = (q - torch.empty_like(q).exponential_().log()).argmax(1)
             return actions[torch.arange(len(state), device=state.device), pick]
@@ -123,7 +162,11 @@ def gpu_calls(agent, state, compiled: bool) -> dict:
         return Captured(actor, state).replay if graph else lambda: actor(state), found
 
     def on_host():
-        act = NumpyActor(FusedActor(agent.policy, agent.critic_target, CANDIDATES), STATE_DIM, device=state.device)
+        act = NumpyActor(
+            FusedActor(agent.policy, agent.critic_target, CANDIDATES),
+            STATE_DIM,
+            device=state.device,
+        )
         return lambda: act(observation), None
 
     @lru_cache
@@ -142,7 +185,10 @@ def gpu_calls(agent, state, compiled: bool) -> dict:
             calls["fused fp16, graph"] = lambda: fused("fp16", True)
     if len(state) == 1:
         observation = state[0].cpu().numpy()
-        calls["eager, numpy to numpy"] = lambda: (lambda: quick().act(observation, CANDIDATES), None)
+        calls["eager, numpy to numpy"] = lambda: (
+            lambda: quick().act(observation, CANDIDATES),
+            None,
+        )
         calls["fused fp16, graph, numpy to numpy"] = on_host
     return calls
 
@@ -160,7 +206,14 @@ def main(argv: list[str] | None = None) -> int:
     on_gpu = device.type == "cuda"
     seconds = (0.5 if options.quick else 1.0) if on_gpu else (2.0 if options.quick else 10.0)
     sizes = (1, 100) if options.quick or not on_gpu else (1, 8, 64, 100, 1024, 4096)
-    figures = Figures("acting", COLUMNS, options.out, quick=options.quick, threads=options.threads, candidates=CANDIDATES)
+    figures = Figures(
+        "acting",
+        COLUMNS,
+        options.out,
+        quick=options.quick,
+        threads=options.threads,
+        candidates=CANDIDATES,
+    )
     found_peaks = peaks(device)
     print("ceilings:", found_peaks, flush=True)
     for n in sizes:
@@ -168,16 +221,38 @@ def main(argv: list[str] | None = None) -> int:
         state = make_noise(agent.policy, n, device)[0]
         compiled = eager.has_compiler() if not on_gpu else n in (1, 100) and not options.quick
         calls = {}
-        makers = figures.attempt(f"{n} states", lambda: (gpu_calls if on_gpu else cpu_calls)(agent, state, compiled)) or {}
+        makers = (
+            figures.attempt(
+                f"{n} states", lambda: (gpu_calls if on_gpu else cpu_calls)(agent, state, compiled)
+            )
+            or {}
+        )
         for name, make in makers.items():
             if made := figures.attempt(f"{n} states, {name}", lambda: tried(make)):
                 calls[name] = made
-        times = figures.time(f"{n} states", {name: call for name, (call, _) in calls.items()}, seconds, device)
+        times = figures.time(
+            f"{n} states", {name: call for name, (call, _) in calls.items()}, seconds, device
+        )
         for name, t in times.items():
-            precision = name.split(",")[0].removeprefix("fused ") if name.startswith("fused") else "fp32"
-            tflops, most = flops_per_decision(agent) * n / t["p50"] / 1e9, ceiling(found_peaks, precision)
-            figure = {"states": n, "contestant": name, "precision": precision, **t, "decisions_per_s": round(n / t["p50"] * 1e3)}
-            figure |= {"tflops": round(tflops, 4), "share": most and round(tflops / most, 4), "error": calls[name][1]}
+            precision = (
+                name.split(",")[0].removeprefix("fused ") if name.startswith("fused") else "fp32"
+            )
+            tflops, most = (
+                flops_per_decision(agent) * n / t["p50"] / 1e9,
+                ceiling(found_peaks, precision),
+            )
+            figure = {
+                "states": n,
+                "contestant": name,
+                "precision": precision,
+                **t,
+                "decisions_per_s": round(n / t["p50"] * 1e3),
+            }
+            figure |= {
+                "tflops": round(tflops, 4),
+                "share": most and round(tflops / most, 4),
+                "error": calls[name][1],
+            }
             figures.add([figure], peaks=found_peaks)
             share = f"{figure['share']:7.1%}" if most else ""
             rate = f"{figure['decisions_per_s']:11,} decisions/s {t['ratio']:8.2f}x {tflops:8.2f} TFLOP/s {share}"

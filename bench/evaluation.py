@@ -48,7 +48,11 @@ def step_task(task, n_episodes: int, n_threads: int) -> tuple[int, float]:
 
 
 def step_vector(envs) -> tuple[int, float]:
-    actions = np.random.default_rng(0).uniform(-1, 1, (LIMIT, *envs.action_space.shape)).astype(np.float32)
+    actions = (
+        np.random.default_rng(0)
+        .uniform(-1, 1, (LIMIT, *envs.action_space.shape))
+        .astype(np.float32)
+    )
     envs.reset(seed=0)
     began = time.perf_counter()
     for action in actions:
@@ -78,7 +82,9 @@ def measure(name: str, n_threads: int, rounds: int) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tasks", nargs="+", default=KINDS)
     parser.add_argument("--threads", type=int, default=min(2, available_cores()))
     parser.add_argument("--rounds", type=int, default=5)
@@ -95,7 +101,12 @@ def main(argv: list[str] | None = None) -> None:
     for name in options.tasks:
         found[name] = measure(name, options.threads, options.rounds)
         print(f"{name}: {json.dumps(found[name])}", flush=True)
-    how = {"threads": options.threads, "rounds": options.rounds, "steps_per_episode": LIMIT, "mujoco": mujoco.__version__}
+    how = {
+        "threads": options.threads,
+        "rounds": options.rounds,
+        "steps_per_episode": LIMIT,
+        "mujoco": mujoco.__version__,
+    }
     save_json(options.out / "evaluation.json", {**describe(), **how, "steps_per_second": found})
 
 

@@ -70,7 +70,10 @@ def actor(precision: str, device, sizes=(1, 9, 100)) -> None:
         state = make_noise(agent.policy, n, device)[0]
         judge(f"actor {precision}, {n} states", lambda: check_fused(agent, act, state))
         repeat(f"actor {precision}, {n} states", lambda: act(state, seed=3))
-        say(f"actor {precision}, {n} states: its counters are back at 0", ok=not act.done.any().item())
+        say(
+            f"actor {precision}, {n} states: its counters are back at 0",
+            ok=not act.done.any().item(),
+        )
 
 
 def trained(device, run) -> torch.Tensor:
@@ -83,9 +86,19 @@ def trained(device, run) -> torch.Tensor:
 def update(precision: str, device, n: int = 200) -> None:
     from kernels import FusedUpdate
 
-    makers = {name: training.contestants(False, False, device)[name] for name in (training.BASELINE, "eager")}
-    makers[f"fused {precision}"] = lambda: FusedUpdate(training.make_agents(1, False, device)[0], None, training.BATCH, precision)
-    judge(f"update {precision}", lambda: training.check_updates({name: make() for name, make in makers.items()}, device=device))
+    makers = {
+        name: training.contestants(False, False, device)[name]
+        for name in (training.BASELINE, "eager")
+    }
+    makers[f"fused {precision}"] = lambda: FusedUpdate(
+        training.make_agents(1, False, device)[0], None, training.BATCH, precision
+    )
+    judge(
+        f"update {precision}",
+        lambda: training.check_updates(
+            {name: make() for name, make in makers.items()}, device=device
+        ),
+    )
 
     def in_pieces_of(k):
         def run(agent, transitions):
@@ -96,20 +109,29 @@ def update(precision: str, device, n: int = 200) -> None:
         return trained(device, run)
 
     replayed = in_pieces_of(n)
-    say(f"update {precision}, {n} times: the weights are finite", ok=bool(replayed.isfinite().all()))
+    say(
+        f"update {precision}, {n} times: the weights are finite", ok=bool(replayed.isfinite().all())
+    )
     for what, k in (("once more", n), ("a launch at a time", 1)):
-        say(f"update {precision}, {n} times, {what}: the same bits", ok=torch.equal(replayed, in_pieces_of(k)))
+        say(
+            f"update {precision}, {n} times, {what}: the same bits",
+            ok=torch.equal(replayed, in_pieces_of(k)),
+        )
 
 
 def graph(_, device, n: int = 200) -> None:
     from kernels.graphs import GraphUpdates
 
     launched, captured = (
-        trained(device, lambda agent, transitions: updates([agent], transitions, training.BATCH).run(n))
+        trained(
+            device, lambda agent, transitions: updates([agent], transitions, training.BATCH).run(n)
+        )
         for updates in (Updates, GraphUpdates)
     )
     apart = float((launched - captured).abs().max())
-    say(f"eager updates, {n} times: captured as launched", ok=apart < 1e-3, apart=apart)  # cuBLAS may choose another product
+    say(
+        f"eager updates, {n} times: captured as launched", ok=apart < 1e-3, apart=apart
+    )  # cuBLAS may choose another product
 
 
 def timings(_, device) -> None:
@@ -120,7 +142,11 @@ def timings(_, device) -> None:
         """Say how long each of make()'s calls takes, or why not."""
         try:
             for name, t in measure(make(), 1.0, device).items():
-                say(f"{what}, {name}", **{key: round(1e3 * t[key] / per, 2) for key in QUANTILES}, unit="us")
+                say(
+                    f"{what}, {name}",
+                    **{key: round(1e3 * t[key] / per, 2) for key in QUANTILES},
+                    unit="us",
+                )
         except Exception as e:
             say(what, ok=False, why=str(e).partition("\n")[0])
 
@@ -130,11 +156,22 @@ def timings(_, device) -> None:
         return {"graph": lambda: fused.run(100)}
 
     def decisions(n):
-        act, state = FusedActor(agent.policy, agent.critic_target, CANDIDATES), make_noise(agent.policy, n, device)[0]
-        return {"graph": Captured(act, state).replay, "launch": lambda: act(state), "eager": lambda: agent.act(state)}
+        act, state = (
+            FusedActor(agent.policy, agent.critic_target, CANDIDATES),
+            make_noise(agent.policy, n, device)[0],
+        )
+        return {
+            "graph": Captured(act, state).replay,
+            "launch": lambda: act(state),
+            "eager": lambda: agent.act(state),
+        }
 
     def control():
-        act = NumpyActor(FusedActor(agent.policy, agent.critic_target, CANDIDATES), training.STATE_DIM, device=device)
+        act = NumpyActor(
+            FusedActor(agent.policy, agent.critic_target, CANDIDATES),
+            training.STATE_DIM,
+            device=device,
+        )
         observation = make_noise(agent.policy, 1, device)[0][0].cpu().numpy()
         return {"numpy to numpy": lambda: act(observation)}
 
@@ -143,7 +180,11 @@ def timings(_, device) -> None:
         calls = {p: Captured(FusedSampler(policy, p), state).replay for p in ("fp16", "fp16x3")}
         return calls | {"eager, graph": Captured(policy.sample, state).replay}
 
-    transitions, agent, policy = training.random_transitions(1_000_000, device), agent_at(device, False), make_policy(5, device)
+    transitions, agent, policy = (
+        training.random_transitions(1_000_000, device),
+        agent_at(device, False),
+        make_policy(5, device),
+    )
     for seeds in (1, 8):
         time_each(f"update fp16, {seeds} seeds", lambda: updates(seeds), per=100)
     for n in (1, 100):
@@ -155,14 +196,21 @@ def timings(_, device) -> None:
 
 
 PARTS = {"sampler": sampler, "actor": actor, "update": update, "graph": graph, "timings": timings}
-TOGETHER = [(part, precision) for part in ("sampler", "actor", "update") for precision in PRECISIONS] + [("graph", "eager")]
+TOGETHER = [
+    (part, precision) for part in ("sampler", "actor", "update") for precision in PRECISIONS
+] + [("graph", "eager")]
 
 
 def run_parts(parts: list, seconds: float, add) -> None:
     """Each part in a process of its own, all at once, ended after seconds. add(findings) is called as each ends."""
 
     def findings(part) -> list:
-        process = subprocess.Popen([sys.executable, "-m", "bench.first", *part], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "bench.first", *part],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         try:
             output = process.communicate(timeout=seconds)[0]
         except subprocess.TimeoutExpired:
@@ -170,7 +218,9 @@ def run_parts(parts: list, seconds: float, add) -> None:
             output = process.communicate()[0]
         found = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
         if process.returncode:
-            found.append({"what": " ".join(part), "ok": False, "why": f"it ended with {process.returncode}"})
+            found.append(
+                {"what": " ".join(part), "ok": False, "why": f"it ended with {process.returncode}"}
+            )
         return found
 
     with ThreadPoolExecutor(len(parts)) as pool:
@@ -180,7 +230,9 @@ def run_parts(parts: list, seconds: float, add) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", nargs="?", choices=PARTS, help="one part, in this process; default: all")
+    parser.add_argument(
+        "part", nargs="?", choices=PARTS, help="one part, in this process; default: all"
+    )
     parser.add_argument("precision", nargs="?", default="fp16", help="of that part")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args(argv)
@@ -194,7 +246,10 @@ def main(argv: list[str] | None = None) -> int:
 
     def add(found):
         for finding in found:
-            print(f"{time.monotonic() - start:4.0f} s {'' if finding['ok'] else 'FAILED: '}{json.dumps(finding)}", flush=True)
+            print(
+                f"{time.monotonic() - start:4.0f} s {'' if finding['ok'] else 'FAILED: '}{json.dumps(finding)}",
+                flush=True,
+            )
         findings.extend(found)
         save_json(path, {**where, "findings": findings})
 

@@ -25,7 +25,10 @@ import numpy as np
 import tasks
 
 ROOT = Path(__file__).resolve().parents[1]
-TASKS = ("antmaze-umaze-v0", "halfcheetah-medium-expert-v2")  # the second one's file has two million rows
+TASKS = (
+    "antmaze-umaze-v0",
+    "halfcheetah-medium-expert-v2",
+)  # the second one's file has two million rows
 ROWS = 1 << 16  # made at a time
 MIB = 1 << 20
 
@@ -43,7 +46,9 @@ def make(path: Path, task, n: int, compression: str | None = None) -> int:
     with h5py.File(path, "w") as file:
         for key, column in columns.items():
             first = column(np.arange(1))
-            array = file.create_dataset(key, (n, *first.shape[1:]), first.dtype, compression=compression)
+            array = file.create_dataset(
+                key, (n, *first.shape[1:]), first.dtype, compression=compression
+            )
             for start in range(0, n, ROWS):
                 array[start : start + ROWS] = column(np.arange(start, min(start + ROWS, n)))
         return sum(array.nbytes for array in file.values())
@@ -54,31 +59,49 @@ def measure(path: Path, task_name: str) -> dict:
     call = f"from bench.loading import load; load({str(path)!r}, {task_name!r})"
     run = subprocess.run([sys.executable, "-c", call], cwd=ROOT, capture_output=True, text=True)
     if run.returncode:
-        raise SystemExit(f"loading {path} failed: {(run.stderr.strip() or 'no reason given').splitlines()[-1]}")
+        raise SystemExit(
+            f"loading {path} failed: {(run.stderr.strip() or 'no reason given').splitlines()[-1]}"
+        )
     return json.loads(run.stdout)
 
 
 def load(path: str, task_name: str) -> None:
     """Load and print what measure returns, as JSON."""
     task = tasks.get(task_name)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: imports have one of their own
+    Path("/proc/self/clear_refs").write_text(
+        "5"
+    )  # the peak begins anew: imports have one of their own
     before, start = resident("VmRSS"), time.perf_counter()
     dataset = tasks.load(task, path, log=lambda line: None)
     seconds, peak = time.perf_counter() - start, resident("VmHWM") - before
-    arrays = dataset.observations, dataset.actions, dataset.next_observations, dataset.rewards, dataset.terminals
-    print(json.dumps({"seconds": seconds, "peak": peak, "result": sum(array.nbytes for array in arrays)}))
+    arrays = (
+        dataset.observations,
+        dataset.actions,
+        dataset.next_observations,
+        dataset.rewards,
+        dataset.terminals,
+    )
+    print(
+        json.dumps(
+            {"seconds": seconds, "peak": peak, "result": sum(array.nbytes for array in arrays)}
+        )
+    )
 
 
 def resident(which: str) -> int:
     """Bytes of this process in memory: VmRSS now, VmHWM at most. Not ru_maxrss, which begins with the parent's."""
-    return 1024 * int(re.search(rf"^{which}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)[1])
+    return 1024 * int(
+        re.search(rf"^{which}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)[1]
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=2_000_000)
     parser.add_argument("--repeats", type=int, default=3, help="processes a file")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder of the results")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "bench" / "results", help="folder of the results"
+    )
     options = parser.parse_args(argv)
     if options.rows < 2 or options.repeats < 1:
         raise SystemExit("--rows must be at least 2 and --repeats at least 1")
@@ -93,7 +116,9 @@ def main(argv: list[str] | None = None) -> None:
                     data = make(path, tasks.get(name), options.rows, compression)
                 except OSError as error:
                     why = error.strerror or error
-                    raise SystemExit(f"cannot write {path}: {why}; set TMPDIR to a folder with more room") from error
+                    raise SystemExit(
+                        f"cannot write {path}: {why}; set TMPDIR to a folder with more room"
+                    ) from error
                 found = [measure(path, name) for _ in range(options.repeats)]
                 disk = path.stat().st_size
             peak = max(one["peak"] for one in found)
@@ -119,7 +144,9 @@ def save(figures: list[dict], options: argparse.Namespace) -> None:
     )
 
     options.out.mkdir(parents=True, exist_ok=True)
-    save_json(options.out / "loading.json", {**describe(), "repeats": options.repeats, "figures": figures})
+    save_json(
+        options.out / "loading.json", {**describe(), "repeats": options.repeats, "figures": figures}
+    )
 
 
 if __name__ == "__main__":

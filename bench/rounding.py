@@ -59,7 +59,9 @@ def power_of_two(x):
     """(n, ·) -> (n, 1): what brings the largest number of each tile of rows within 1 to 2, as kernels.ops.power_of_two."""
     n = len(x)
     largest = F.pad(x.abs().amax(1), (0, -n % TILE)).view(-1, TILE).amax(1)
-    return torch.exp2(-torch.floor(torch.log2(largest.clamp(2.0**-100, 2.0**126)))).repeat_interleave(TILE)[:n, None]
+    return torch.exp2(
+        -torch.floor(torch.log2(largest.clamp(2.0**-100, 2.0**126)))
+    ).repeat_interleave(TILE)[:n, None]
 
 
 class RoundedNetwork(torch.autograd.Function):
@@ -88,7 +90,8 @@ class RoundedNetwork(torch.autograd.Function):
         d_1, d_2, d_3 = d_1 / (up * up_2), d_2 / up, d_3 / up
         # Products over rows are tf32's at either precision.
         dw_1, dw_2, dw_3, dw_4 = (
-            to_tf32(d).t() @ to_tf32(v) for d, v in ((d_1, x), (d_2, mish(u_1)), (d_3, mish(u_2)), (g, mish(u_3)))
+            to_tf32(d).t() @ to_tf32(v)
+            for d, v in ((d_1, x), (d_2, mish(u_1)), (d_3, mish(u_2)), (g, mish(u_3)))
         )
         db_1 = (d_1 * LOG2E).sum_to_size(ctx.bias_shape)
         db_2, db_3 = d_2.sum(0) * LOG2E, d_3.sum(0) * LOG2E
@@ -102,12 +105,24 @@ def imitate(precision: str) -> None:
         first, times = self.mid_layer[0], torch.arange(self.n_timesteps, device=state.device)
         widths = [self.action_dim, self.TIME_DIM, self.state_dim]
         w_action, w_time, w_state = first.weight.split(widths, dim=1)
-        w_1, of_times = torch.cat([w_action, w_state], dim=1), F.linear(self.time_mlp(times), w_time, first.bias)
-        later = [p for layer in (*self.mid_layer[2::2], self.final_layer) for p in (layer.weight, layer.bias)]
-        return RoundedNetwork.apply(precision, torch.cat([x, state], dim=1), of_times[t], w_1, *later)
+        w_1, of_times = (
+            torch.cat([w_action, w_state], dim=1),
+            F.linear(self.time_mlp(times), w_time, first.bias),
+        )
+        later = [
+            p
+            for layer in (*self.mid_layer[2::2], self.final_layer)
+            for p in (layer.weight, layer.bias)
+        ]
+        return RoundedNetwork.apply(
+            precision, torch.cat([x, state], dim=1), of_times[t], w_1, *later
+        )
 
     def forward(self, state, action):
-        x, found = torch.cat([state.repeat_interleave(len(action) // len(state), 0), action], dim=1), []
+        x, found = (
+            torch.cat([state.repeat_interleave(len(action) // len(state), 0), action], dim=1),
+            [],
+        )
         for model in (self.q1_model, self.q2_model):
             w_1, b_1, *later = model.parameters()
             found.append(RoundedNetwork.apply(precision, x, b_1, w_1, *later))

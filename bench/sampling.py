@@ -31,7 +31,20 @@ from dql import DiffusionPolicy
 from kernels import eager
 
 STATE_DIM, ACTION_DIM = 29, 8
-COLUMNS = ["T", "batch", "contestant", "precision", "p20", "p50", "p80", "ratio", "actions_per_s", "tflops", "share", "error"]
+COLUMNS = [
+    "T",
+    "batch",
+    "contestant",
+    "precision",
+    "p20",
+    "p50",
+    "p80",
+    "ratio",
+    "actions_per_s",
+    "tflops",
+    "share",
+    "error",
+]
 CHECKED_ROWS = 64, 4096  # at least and at most: of a few numbers, rounding errors cancel by luck
 
 
@@ -64,7 +77,9 @@ def draw_outside(function, state, policy):
 
     def draw():
         x_T = torch.randn(len(state), ACTION_DIM, device=state.device)
-        return function(state, x_T, torch.randn(policy.n_timesteps, *x_T.shape, device=state.device))
+        return function(
+            state, x_T, torch.randn(policy.n_timesteps, *x_T.shape, device=state.device)
+        )
 
     return draw
 
@@ -120,7 +135,9 @@ def gpu_contestants(policy, state, compiled: bool, autotuned: bool, precisions) 
     if compiled:
         draw = lambda: draw_outside(quick("default"), state, policy)  # noqa: E731
         found["compile"] = lambda: Contestant(draw(), quick("default"))
-        found["compile, graph"] = lambda: Contestant(Captured(draw(), device=state.device).replay, quick("default"))
+        found["compile, graph"] = lambda: Contestant(
+            Captured(draw(), device=state.device).replay, quick("default")
+        )
     if autotuned:  # it makes a graph of its own
         tuned = lambda: draw_outside(quick("max-autotune"), state, policy)  # noqa: E731
         found["compile max-autotune, graph"] = lambda: Contestant(tuned(), quick("max-autotune"))
@@ -142,12 +159,20 @@ class RoundedProducts(TorchFunctionMode):
 
 def arithmetic(precision: str, device: str):
     """A context that has dql.py's matrix products at a precision; fp16x3 is judged as fp32."""
-    return RoundedProducts() if precision == "tf32" else torch.autocast(device, torch.float16, enabled=precision == "fp16")
+    return (
+        RoundedProducts()
+        if precision == "tf32"
+        else torch.autocast(device, torch.float16, enabled=precision == "fp16")
+    )
 
 
 def check(policy, contestant: Contestant, n: int) -> float:
     """The relative error ‖a - a₆₄‖/‖a₆₄‖ of n rows at a time. Raises SystemExit where it is over what rounding.allowed() grants."""
-    device, in_float64, (least, most) = next(policy.parameters()).device, copy.deepcopy(policy).double(), CHECKED_ROWS
+    device, in_float64, (least, most) = (
+        next(policy.parameters()).device,
+        copy.deepcopy(policy).double(),
+        CHECKED_ROWS,
+    )
     exact, eager, found = [], [], []
     for seed in range(1, 1 + math.ceil(least / n)):
         inputs = make_noise(policy, n, device, seed)
@@ -160,14 +185,22 @@ def check(policy, contestant: Contestant, n: int) -> float:
     eager, found = (((actions - exact).norm() / exact.norm()).item() for actions in (eager, found))
     times = allowed(contestant.precision, device.type == "cuda")
     if not found <= times * eager:
-        raise SystemExit(f"error {found:.2e}, the eager chain's {eager:.2e} allows {times * eager:.2e}")
+        raise SystemExit(
+            f"error {found:.2e}, the eager chain's {eager:.2e} allows {times * eager:.2e}"
+        )
     first, second = contestant.draw().clone(), contestant.draw()
-    if not (second.isfinite().all() and second.abs().max() <= policy.max_action and (first != second).any()):
+    if not (
+        second.isfinite().all()
+        and second.abs().max() <= policy.max_action
+        and (first != second).any()
+    ):
         raise SystemExit("what it draws is not finite, outside the box, or always the same")
     return found
 
 
-def run_case(figures: Figures, T: int, n: int, device, seconds: float, found_peaks: dict, how: dict) -> list[dict]:
+def run_case(
+    figures: Figures, T: int, n: int, device, seconds: float, found_peaks: dict, how: dict
+) -> list[dict]:
     policy = make_policy(T, device)
     state = make_noise(policy, n, device)[0]
     make, right, errors = gpu_contestants if device.type == "cuda" else cpu_contestants, {}, {}
@@ -180,12 +213,21 @@ def run_case(figures: Figures, T: int, n: int, device, seconds: float, found_pea
 
         errors[name] = figures.attempt(f"{case}, {name}", checked)
     right = {name: contestant for name, contestant in right.items() if errors[name] is not None}
-    measured = figures.time(case, {name: contestant.draw for name, contestant in right.items()}, seconds, device)
+    measured = figures.time(
+        case, {name: contestant.draw for name, contestant in right.items()}, seconds, device
+    )
     found = []
     for name, t in measured.items():
         precision, tflops = right[name].precision, flops_per_action(policy) * n / t["p50"] / 1e9
         most = ceiling(found_peaks, precision)
-        figure = {"T": T, "batch": n, "contestant": name, "precision": precision, **t, "error": float(f"{errors[name]:.3g}")}
+        figure = {
+            "T": T,
+            "batch": n,
+            "contestant": name,
+            "precision": precision,
+            **t,
+            "error": float(f"{errors[name]:.3g}"),
+        }
         figure |= {"actions_per_s": round(n / t["p50"] * 1e3), "tflops": round(tflops, 4)}
         found.append(figure | {"share": most and round(tflops / most, 4)})
     return found
@@ -202,13 +244,26 @@ def tile_figures(batches, device, seconds: float) -> list[dict]:
         state = make_noise(policy, n, device)[0]
         for precision in ("fp16", "fp16x3"):
             sampler = FusedSampler(policy, precision)
-            tiles = {name: choose_tile(rows, precision, sampler.arch) for name, rows in (("small", 1), ("large", 1 << 30))}
-            calls = {name: lambda tile=tile: sampler(state, tile=tile) for name, tile in tiles.items()}
+            tiles = {
+                name: choose_tile(rows, precision, sampler.arch)
+                for name, rows in (("small", 1), ("large", 1 << 30))
+            }
+            calls = {
+                name: lambda tile=tile: sampler(state, tile=tile) for name, tile in tiles.items()
+            }
             measured = measure(calls, seconds, device)
-            chosen = "small" if choose_tile(n, precision, sampler.arch) == tiles["small"] else "large"
+            chosen = (
+                "small" if choose_tile(n, precision, sampler.arch) == tiles["small"] else "large"
+            )
             best = min(measured, key=lambda name: measured[name]["p50"])
             lost = measured[chosen]["p50"] / measured[best]["p50"] - 1
-            figure = {"batch": n, "precision": precision, "chosen": chosen, "faster": best, "lost": round(lost, 4)}
+            figure = {
+                "batch": n,
+                "precision": precision,
+                "chosen": chosen,
+                "faster": best,
+                "lost": round(lost, 4),
+            }
             figures.append(figure | measured)
     return figures
 
@@ -218,16 +273,29 @@ def cases(device, quick: bool) -> list[tuple[int, int, dict]]:
     if device.type != "cuda":
         compiled = eager.has_compiler()
         sizes = {5: (1, 256)} if quick else {5: (1, 64, 256, 2560, 16384), 50: (1, 256)}
-        return [(T, n, {"compiled": compiled and T == 5}) for T, batches in sizes.items() for n in batches]
+        return [
+            (T, n, {"compiled": compiled and T == 5})
+            for T, batches in sizes.items()
+            for n in batches
+        ]
     from kernels.packing import PRECISIONS
 
-    compiled = (64, 1 << 20) if quick else (1, 64, 4096, 1 << 20)  # each size is compiled on its own
-    short = (1, 64, 1 << 20) if quick else (1, 8, 64, 256, 1024, 4096, 1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22)
+    compiled = (
+        (64, 1 << 20) if quick else (1, 64, 4096, 1 << 20)
+    )  # each size is compiled on its own
+    short = (
+        (1, 64, 1 << 20)
+        if quick
+        else (1, 8, 64, 256, 1024, 4096, 1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22)
+    )
     long = () if quick else (1, 64, 4096, 1 << 20)
     found = []
     for T, sizes in ((5, short), (50, long)):  # 50 unrolled steps would compile for minutes
         for n in sizes:
-            how = {"compiled": T == 5 and n in compiled, "autotuned": T == 5 and n == 1 << 20 and not quick}
+            how = {
+                "compiled": T == 5 and n in compiled,
+                "autotuned": T == 5 and n == 1 << 20 and not quick,
+            }
             found.append((T, n, how | {"precisions": PRECISIONS}))
     return found
 
@@ -235,8 +303,14 @@ def cases(device, quick: bool) -> list[tuple[int, int, dict]]:
 def main(argv: list[str] | None = None) -> int:
     options = parse_options(__doc__, "a few sizes, under two minutes", argv)
     device = options.device
-    seconds = (0.2 if options.quick else 0.4) if device.type == "cuda" else (2.0 if options.quick else 5.0)
-    figures = Figures("sampling", COLUMNS, options.out, quick=options.quick, threads=options.threads)
+    seconds = (
+        (0.2 if options.quick else 0.4)
+        if device.type == "cuda"
+        else (2.0 if options.quick else 5.0)
+    )
+    figures = Figures(
+        "sampling", COLUMNS, options.out, quick=options.quick, threads=options.threads
+    )
     found_peaks = peaks(device)
     print("ceilings:", found_peaks, flush=True)
     for T, n, how in cases(device, options.quick):
@@ -245,10 +319,17 @@ def main(argv: list[str] | None = None) -> int:
         for f in found:
             share = f"{f['share']:7.1%}" if f["share"] is not None else ""
             rate = f"{f['actions_per_s']:13,} actions/s {f['ratio']:8.2f}x {f['tflops']:8.2f} TFLOP/s {share}"
-            print(f"T={T:2d} {n:8d} rows  {f['contestant']:28s}{f['p50']:10.4f} ms {rate}  error {f['error']:.1e}", flush=True)
+            print(
+                f"T={T:2d} {n:8d} rows  {f['contestant']:28s}{f['p50']:10.4f} ms {rate}  error {f['error']:.1e}",
+                flush=True,
+            )
         gc.collect()  # graphs hold their memory until they are gone
     if device.type == "cuda":
-        sizes = (1024, 16384) if options.quick else (1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15)
+        sizes = (
+            (1024, 16384)
+            if options.quick
+            else (1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15)
+        )
         tiles = figures.attempt("both tiles", lambda: tile_figures(sizes, device, seconds)) or []
         figures.add([], tiles=tiles)
         for t in tiles:

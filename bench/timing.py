@@ -23,8 +23,14 @@ def parse_options(doc: str, quick: str, argv: list[str] | None) -> argparse.Name
     """What bench.sampling and bench.acting are asked for: quick, device, threads (set), out."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help=quick)
-    parser.add_argument("--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads, where it runs on a CPU")
+    parser.add_argument(
+        "--device",
+        type=torch.device,
+        default=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+    )
+    parser.add_argument(
+        "--threads", type=int, default=1, help="CPU threads, where it runs on a CPU"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
@@ -61,10 +67,13 @@ def measure(calls: dict, seconds: float, device="cpu", min_rounds: int = 5) -> d
     while time.perf_counter() < end or len(next(iter(times.values()))) < min_rounds:
         for name, call in calls.items():
             times[name].append(time_calls(call, repeats[name], device))
-    percentiles = {name: np.percentile(t, [20, 50, 80]).round(6).tolist() for name, t in times.items()}
+    percentiles = {
+        name: np.percentile(t, [20, 50, 80]).round(6).tolist() for name, t in times.items()
+    }
     first = next(iter(percentiles.values()))
     return {
-        name: dict(zip(QUANTILES, p), rounds=len(times[name]), ratio=round(first[1] / p[1], 3)) for name, p in percentiles.items()
+        name: dict(zip(QUANTILES, p), rounds=len(times[name]), ratio=round(first[1] / p[1], 3))
+        for name, p in percentiles.items()
     }
 
 
@@ -74,7 +83,13 @@ def peaks(device) -> dict:
     on_gpu = device.type == "cuda"
     x = torch.randn((1 << 29) if on_gpu else (1 << 25), device=device)
     y = torch.empty_like(x)
-    found = {"copy GB/s": 2 * x.numel() * 4 / measure({"copy": lambda: y.copy_(x)}, 0.5, device)["copy"]["p50"] / 1e6}
+    found = {
+        "copy GB/s": 2
+        * x.numel()
+        * 4
+        / measure({"copy": lambda: y.copy_(x)}, 0.5, device)["copy"]["p50"]
+        / 1e6
+    }
     n = 8192 if on_gpu else 2048
     a, b = torch.randn(2, n, n, device=device).unbind()
     halves = a.half(), b.half()
@@ -114,7 +129,13 @@ class Figures:
     """
 
     def __init__(self, name: str, columns: list[str], out: Path = RESULTS, **more):
-        self.where, self.columns, self.more, self.figures, self.failures = describe(), columns, more, [], []
+        self.where, self.columns, self.more, self.figures, self.failures = (
+            describe(),
+            columns,
+            more,
+            [],
+            [],
+        )
         self.path, self.table = out / f"{name}_{device_slug(self.where)}.json", out / f"{name}.csv"
 
     def attempt(self, what: str, make: Callable):
@@ -128,10 +149,16 @@ class Figures:
 
     def time(self, what: str, calls: dict, seconds: float, device) -> dict:
         """measure() of calls that have been tried; nothing where it fails."""
-        return (self.attempt(f"timing {what}", lambda: measure(calls, seconds, device)) or {}) if calls else {}
+        return (
+            (self.attempt(f"timing {what}", lambda: measure(calls, seconds, device)) or {})
+            if calls
+            else {}
+        )
 
     def add(self, figures: list[dict], **more) -> None:
-        origin = {key: self.where[key] for key in ("date", "commit", "torch")} | {"device": device_name(self.where)}
+        origin = {key: self.where[key] for key in ("date", "commit", "torch")} | {
+            "device": device_name(self.where)
+        }
         self.figures += figures
         self.more |= more
         self._save(finished=False)
@@ -140,7 +167,9 @@ class Figures:
             writer = csv.DictWriter(file, [*ORIGIN, *self.columns])
             if new:
                 writer.writeheader()
-            writer.writerows(origin | {key: figure.get(key) for key in self.columns} for figure in figures)
+            writer.writerows(
+                origin | {key: figure.get(key) for key in self.columns} for figure in figures
+            )
 
     def finish(self) -> int:
         """-> the exit status: whether anything failed."""

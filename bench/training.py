@@ -39,15 +39,33 @@ from trainer.provenance import describe
 STATE_DIM, ACTION_DIM, BATCH, HIDDEN, T = 29, 8, 256, 256, 5
 SETTINGS = dict(eta=0.5, grad_norm=2.0, ema_start=0)
 BASELINE = "plain"
-FUSED = ("fp16", "tf32", "fp16x3", "fp32")  # measured with one agent without max-Q; elsewhere the first alone
-COLUMNS = ["threads", "workload", "contestant", "seeds", *QUANTILES, "ratio", "updates_per_s", "launches", "share"]
+FUSED = (
+    "fp16",
+    "tf32",
+    "fp16x3",
+    "fp32",
+)  # measured with one agent without max-Q; elsewhere the first alone
+COLUMNS = [
+    "threads",
+    "workload",
+    "contestant",
+    "seeds",
+    *QUANTILES,
+    "ratio",
+    "updates_per_s",
+    "launches",
+    "share",
+]
 
 
 def random_batch(n: int, seed: int = 0, device="cpu") -> Batch:
     g = torch.Generator().manual_seed(seed)
     state, next_state = torch.randn(2, n, STATE_DIM, generator=g)
     action = torch.rand(n, ACTION_DIM, generator=g) * 2 - 1
-    reward, not_done = torch.randn(n, 1, generator=g), (torch.rand(n, 1, generator=g) > 0.05).float()
+    reward, not_done = (
+        torch.randn(n, 1, generator=g),
+        (torch.rand(n, 1, generator=g) > 0.05).float(),
+    )
     return Batch(*(x.to(device) for x in (state, action, next_state, reward, not_done)))
 
 
@@ -109,7 +127,9 @@ def check_updates(agents: dict, n_updates: int = 3, device="cpu") -> None:
     for _ in range(n_updates):
         noise = agents["eager"].draw_noise(BATCH)
         losses = {
-            name: agent.step(batch, noise) if name.startswith("fused") else agent.update(batch, noise)
+            name: agent.step(batch, noise)
+            if name.startswith("fused")
+            else agent.update(batch, noise)
             for name, agent in agents.items()
         }
         for name in agents:
@@ -121,7 +141,9 @@ def check_updates(agents: dict, n_updates: int = 3, device="cpu") -> None:
     for name, agent in agents.items():
         apart = (parameters(agent) - expected).norm() / (expected - start).norm()
         allowed = 0.2 if rounds(name) else 1e-2 if name.startswith("fused") else 1e-3
-        assert apart < allowed, f"{name}: after {n_updates} updates the weights are {apart:.1e} of their way apart"
+        assert apart < allowed, (
+            f"{name}: after {n_updates} updates the weights are {apart:.1e} of their way apart"
+        )
 
 
 def rounds(name: str) -> bool:
@@ -169,7 +191,9 @@ def flops_per_update(max_q_backup: bool) -> int:
     n = 10 if max_q_backup else 1
     target = n * (T * policy + 2 * critic)
     fit = 3 * (2 * critic + policy)  # forward, and twice as much backward
-    climb = 3 * T * policy + 3 * critic  # the chain; one critic forward, one forward and back to its action
+    climb = (
+        3 * T * policy + 3 * critic
+    )  # the chain; one critic forward, one forward and back to its action
     return 2 * BATCH * (target + fit + climb)
 
 
@@ -186,17 +210,26 @@ def profile(run, n: int) -> dict:
             count += 1
             spent[event.name] += event.device_time
     total = sum(spent.values()) or 1
-    return {"launches": round(count / n, 2), "kernels": {name: round(t / total, 4) for name, t in spent.most_common(12)}}
+    return {
+        "launches": round(count / n, 2),
+        "kernels": {name: round(t / total, 4) for name, t in spent.most_common(12)},
+    }
 
 
 def right_contestants(figures: Figures, workload: str, makers: dict, device) -> list:
     """The names of those whose updates agree with the baseline's."""
 
     def check(name):
-        check_updates({n: makers[n]() for n in dict.fromkeys((BASELINE, "eager", name))}, device=device)
+        check_updates(
+            {n: makers[n]() for n in dict.fromkeys((BASELINE, "eager", name))}, device=device
+        )
         return name
 
-    return [name for name in makers if figures.attempt(f"{workload}, {name} against {BASELINE}", lambda: check(name))]
+    return [
+        name
+        for name in makers
+        if figures.attempt(f"{workload}, {name} against {BASELINE}", lambda: check(name))
+    ]
 
 
 def tried(rung, n: int):
@@ -226,24 +259,50 @@ def full_run(options) -> None:
     }  # fmt: skip
     where = describe()
     save_json(options.out / f"full_run_{device_slug(where)}.json", {**where, **found})
-    print({k: found[k] for k in ("wall_s", "updating_s", "evaluating_s")}, f"last score {evaluations[-1]['score']:.1f}")
+    print(
+        {k: found[k] for k in ("wall_s", "updating_s", "evaluating_s")},
+        f"last score {evaluations[-1]['score']:.1f}",
+    )
 
 
 def main(argv: list[str] | None = None) -> int | None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="under a minute: fewer rungs, one thread, 2 s per workload")
-    parser.add_argument("--compile", action="store_true", help="on a CPU also the compiled rung, after a minute of compiling")
-    parser.add_argument("--threads", type=int, nargs="+", help="CPU threads to measure with; default 1 and all cores")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="under a minute: fewer rungs, one thread, 2 s per workload",
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="on a CPU also the compiled rung, after a minute of compiling",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        nargs="+",
+        help="CPU threads to measure with; default 1 and all cores",
+    )
+    parser.add_argument(
+        "--device",
+        type=torch.device,
+        default=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--full-run", action="store_true", help="the paper's whole antmaze-umaze run instead of the ladder")
+    parser.add_argument(
+        "--full-run",
+        action="store_true",
+        help="the paper's whole antmaze-umaze run instead of the ladder",
+    )
     parser.add_argument("--precision", default="fp16", choices=FUSED, help="of the full run")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the full run")
     options = parser.parse_args(argv)
     if options.full_run:
         return full_run(options)
     device, on_gpu = options.device, options.device.type == "cuda"
-    compiled = (on_gpu or options.compile) and eager.has_compiler() and not (on_gpu and options.quick)
+    compiled = (
+        (on_gpu or options.compile) and eager.has_compiler() and not (on_gpu and options.quick)
+    )
     if options.compile and not eager.has_compiler():
         print("no C++ compiler found (install g++ or set CXX): the compiled rungs are left out")
     threads = [torch.get_num_threads()] if on_gpu else options.threads
@@ -253,37 +312,64 @@ def main(argv: list[str] | None = None) -> int | None:
     transitions = random_transitions(1_000_000 if on_gpu else 10_000, device)
 
     figures = Figures("training", COLUMNS, options.out, quick=options.quick)
-    print(f"{device_name(figures.where)}, torch {torch.__version__}; ms per update of all seeds, p50 (p20 to p80)")
+    print(
+        f"{device_name(figures.where)}, torch {torch.__version__}; ms per update of all seeds, p50 (p20 to p80)"
+    )
     found_peaks = peaks(device) if on_gpu else {}
     for n_threads in threads:
         torch.set_num_threads(n_threads)
         if compiled:
             torch.compiler.reset()  # compiled code is laid out for a number of threads
         for workload, max_q_backup in {"update": False, "update, max-Q": True}.items():
-            right = right_contestants(figures, workload, contestants(max_q_backup, compiled, device), device)
+            right = right_contestants(
+                figures, workload, contestants(max_q_backup, compiled, device), device
+            )
             for n in seeds:
                 climbed, chunk = {}, {}
                 for name, make in rungs(n, max_q_backup, compiled, transitions, device).items():
                     if name.replace("compile, graph", "compile").replace("graph", "eager") in right:
                         # Updates a call: a whole replay of the fused graph, and no more of a slow rung than the clock needs.
                         chunk[name] = 1 if not on_gpu else 100 if name.startswith("fused") else 5
-                        climbed[name] = figures.attempt(f"{workload}, {n} seeds, {name}", lambda: tried(make(), chunk[name]))
+                        climbed[name] = figures.attempt(
+                            f"{workload}, {n} seeds, {name}", lambda: tried(make(), chunk[name])
+                        )
                 climbed = {name: rung for name, rung in climbed.items() if rung is not None}
-                calls = {name: lambda rung=rung, k=chunk[name]: rung.run(k) for name, rung in climbed.items()}
+                calls = {
+                    name: lambda rung=rung, k=chunk[name]: rung.run(k)
+                    for name, rung in climbed.items()
+                }
                 times = figures.time(f"{workload}, {n} seeds", calls, seconds, device)
-                first = next(iter(times.values()))["p50"] / chunk[next(iter(times))] if times else 0.0
+                first = (
+                    next(iter(times.values()))["p50"] / chunk[next(iter(times))] if times else 0.0
+                )
                 for contestant, t in times.items():
                     t = {k: v / chunk[contestant] if k in QUANTILES else v for k, v in t.items()}
                     t["ratio"] = round(first / t["p50"], 3)
                     rate = n * 1e3 / t["p50"]
-                    figure = {"threads": n_threads, "workload": workload, "contestant": contestant, "seeds": n, **t}
+                    figure = {
+                        "threads": n_threads,
+                        "workload": workload,
+                        "contestant": contestant,
+                        "seeds": n,
+                        **t,
+                    }
                     figure["updates_per_s"] = round(rate, 1)
                     if on_gpu:
-                        most = ceiling(found_peaks, contestant.removeprefix("fused ") if "fused" in contestant else "fp32")
-                        figure["share"] = round(rate * flops_per_update(max_q_backup) / 1e12 / most, 4) if most else None
+                        most = ceiling(
+                            found_peaks,
+                            contestant.removeprefix("fused ") if "fused" in contestant else "fp32",
+                        )
+                        figure["share"] = (
+                            round(rate * flops_per_update(max_q_backup) / 1e12 / most, 4)
+                            if most
+                            else None
+                        )
                         if n in (1, 8):
                             profiled = lambda: profile(climbed[contestant].run, chunk[contestant])  # noqa: E731
-                            figure |= figures.attempt(f"profile of {contestant}, {n} seeds", profiled) or {}
+                            figure |= (
+                                figures.attempt(f"profile of {contestant}, {n} seeds", profiled)
+                                or {}
+                            )
                     figures.add([figure], peaks=found_peaks)
                     spread = f"{t['p50']:9.3f} ({t['p20']:.3f} to {t['p80']:.3f})"
                     launches = f"{figure['launches']:8.1f} launches" if "launches" in figure else ""

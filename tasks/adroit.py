@@ -24,7 +24,10 @@ DROPPED = 0.075  # metres: the height below which the pen lies on the table
 def build_model() -> mujoco.MjModel:
     """The hand and the pen, with D4RL's actuators, and sensors of the pen's place and direction."""
     spec = load_spec("gymnasium_robotics", "envs/assets/adroit_hand/adroit_pen.xml")
-    for name, kind in (("pen_place", mujoco.mjtSensor.mjSENS_FRAMEPOS), ("pen_direction", mujoco.mjtSensor.mjSENS_FRAMEZAXIS)):
+    for name, kind in (
+        ("pen_place", mujoco.mjtSensor.mjSENS_FRAMEPOS),
+        ("pen_direction", mujoco.mjtSensor.mjSENS_FRAMEZAXIS),
+    ):
         spec.add_sensor(name=name, type=kind, objtype=mujoco.mjtObj.mjOBJ_XBODY, objname="Object")
     model = compile_spec(spec)
     # D4RL's environment changes the actuators' stiffness after loading; the wrist's come before the fingers'.
@@ -47,8 +50,12 @@ class PenWorld(World):
     def __init__(self, n: int, n_threads: int | None = None):
         model = build_model()
         self.simulation = Simulation(model, n, n_threads)
-        self.place_at, self.direction_at = (model.sensor(name).adr[0] for name in ("pen_place", "pen_direction"))
-        self.wanted_place = model.site("eps_ball").pos.copy()  # a site of the world's body, which does not move
+        self.place_at, self.direction_at = (
+            model.sensor(name).adr[0] for name in ("pen_place", "pen_direction")
+        )
+        self.wanted_place = model.site(
+            "eps_ball"
+        ).pos.copy()  # a site of the world's body, which does not move
         self.wanted = np.tile([0.0, 0.0, 1.0], (n, 1))
         low, high = model.actuator_ctrlrange.T
         self.middle, self.reach = (low + high) / 2, (high - low) / 2
@@ -56,7 +63,9 @@ class PenWorld(World):
     def _pen(self) -> tuple[np.ndarray, np.ndarray]:
         """Place (n, 3) in metres and direction (n, 3), a unit vector, of each pen."""
         sensors = self.simulation.sensors
-        return sensors[:, self.place_at : self.place_at + 3], sensors[:, self.direction_at : self.direction_at + 3]
+        return sensors[:, self.place_at : self.place_at + 3], sensors[
+            :, self.direction_at : self.direction_at + 3
+        ]
 
     @property
     def observations(self) -> np.ndarray:
@@ -68,7 +77,9 @@ class PenWorld(World):
     def reset(self, who: np.ndarray, rng: np.random.Generator) -> None:
         """Hand and pen at rest at qpos0; the wanted direction is "up", turned by U(±1) radians about y, then about x."""
         a, b = rng.uniform(-1.0, 1.0, (len(who), 2)).T
-        self.wanted[who] = np.stack([np.sin(b), -np.sin(a) * np.cos(b), np.cos(a) * np.cos(b)], axis=1)
+        self.wanted[who] = np.stack(
+            [np.sin(b), -np.sin(a) * np.cos(b), np.cos(a) * np.cos(b)], axis=1
+        )
         model = self.simulation.model
         self.place(who, model.qpos0, np.zeros(model.nv), rng)
 
@@ -76,7 +87,9 @@ class PenWorld(World):
         """The model's second pen points as is wanted. In the simulation it does not: nothing comes near enough to touch it."""
         mujoco.mju_quatZ2Vec(model.body("target").quat, self.wanted[0])
 
-    def step(self, who: np.ndarray, actions: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    def step(
+        self, who: np.ndarray, actions: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
         actions = checked_actions(actions, (len(who), len(self.middle)))
         self.simulation.step(who, self.middle + self.reach * actions, FRAME_SKIP)
         place, direction = (sensor[who] for sensor in self._pen())
@@ -100,5 +113,10 @@ class Pen(Task):
     def camera(self, model: mujoco.MjModel) -> mujoco.MjvCamera:
         """From above the palm."""
         camera = mujoco.MjvCamera()
-        camera.lookat[:], camera.distance, camera.azimuth, camera.elevation = [0.0, -0.25, 0.2], 0.9, 90.0, -55.0
+        camera.lookat[:], camera.distance, camera.azimuth, camera.elevation = (
+            [0.0, -0.25, 0.2],
+            0.9,
+            90.0,
+            -55.0,
+        )
         return camera

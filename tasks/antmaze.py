@@ -71,7 +71,9 @@ TORQUE = 30.0  # ctrl = TORQUE * action
 def free_cells(maze: str) -> np.ndarray:
     """The (row, col) of every cell that is not a wall, row by row: (K, 2) int."""
     rows = _rows(maze)
-    return np.array([(r, c) for r, row in enumerate(rows) for c, mark in enumerate(row) if mark != "1"])
+    return np.array(
+        [(r, c) for r, row in enumerate(rows) for c, mark in enumerate(row) if mark != "1"]
+    )
 
 
 def cell_xy(maze: str, row: int, col: int) -> tuple[float, float]:
@@ -95,7 +97,9 @@ def _rows(maze: str) -> list[str]:
 
 
 def _marked_cells(maze: str, mark: str) -> list[tuple[int, int]]:
-    return [(r, c) for r, row in enumerate(_rows(maze)) for c, here in enumerate(row) if here == mark]
+    return [
+        (r, c) for r, row in enumerate(_rows(maze)) for c, here in enumerate(row) if here == mark
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -114,7 +118,9 @@ def build_model(maze: str) -> mujoco.MjModel:
     for actuator in spec.actuators:
         actuator.gear[0] = 1.0
         actuator.ctrlrange = [-TORQUE, TORQUE]
-    for row, col in [(r, c) for r in range(len(rows)) for c in range(len(rows[0])) if rows[r][c] == "1"]:
+    for row, col in [
+        (r, c) for r in range(len(rows)) for c in range(len(rows[0])) if rows[r][c] == "1"
+    ]:
         spec.worldbody.add_geom(
             name=f"wall_{row}_{col}",
             type=mujoco.mjtGeom.mjGEOM_BOX,
@@ -128,7 +134,9 @@ def build_model(maze: str) -> mujoco.MjModel:
     return compile_spec(spec)
 
 
-def sample_states(model: mujoco.MjModel, n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def sample_states(
+    model: mujoco.MjModel, n: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     """D4RL's reset: qpos (n, 15) = qpos0 + U(±0.1), its quaternion normalised; qvel (n, 14) = 0.1 N(0, 1)."""
     qpos = model.qpos0 + rng.uniform(-0.1, 0.1, (n, N_QPOS))
     qpos[:, 3:7] /= np.linalg.norm(qpos[:, 3:7], axis=1, keepdims=True)
@@ -145,7 +153,11 @@ class AntBatch:
     def __init__(self, maze: str, n: int, n_threads: int | None = None):
         self.simulation = Simulation(build_model(maze), n, n_threads)
         self.model = self.simulation.model
-        self.qpos, self.qvel, self.observations = self.simulation.qpos, self.simulation.qvel, self.simulation.states
+        self.qpos, self.qvel, self.observations = (
+            self.simulation.qpos,
+            self.simulation.qvel,
+            self.simulation.states,
+        )
 
     def reset(self, indices: np.ndarray, rng: np.random.Generator) -> None:
         """Put these ants back to the start, each in a state drawn by sample_states."""
@@ -157,7 +169,9 @@ class AntBatch:
         Without indices every ant moves. Raises TaskError if actions have another shape or are not all finite.
         """
         indices = np.arange(len(self.qpos)) if indices is None else np.asarray(indices)
-        self.simulation.step(indices, TORQUE * checked_actions(actions, (len(indices), ACTION_DIM)), FRAME_SKIP)
+        self.simulation.step(
+            indices, TORQUE * checked_actions(actions, (len(indices), ACTION_DIM)), FRAME_SKIP
+        )
 
     def close(self) -> None:
         self.simulation.close()
@@ -178,14 +192,20 @@ class MazeWorld(World):
 
     def __init__(self, maze: str, n: int, n_threads: int | None = None):
         self.maze, self.ants, self.goals = maze, AntBatch(maze, n, n_threads), np.zeros((n, 2))
-        self.simulation, self.observations, self.trail = self.ants.simulation, self.ants.observations, []
+        self.simulation, self.observations, self.trail = (
+            self.ants.simulation,
+            self.ants.observations,
+            [],
+        )
 
     def reset(self, who: np.ndarray, rng: np.random.Generator) -> None:
         self.goals[who] = sample_goals(self.maze, len(who), rng)
         self.ants.reset(who, rng)
         self.trail.append(self.ants.qpos[:, :2].copy())
 
-    def step(self, who: np.ndarray, actions: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    def step(
+        self, who: np.ndarray, actions: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
         self.ants.step(actions, who)
         self.trail.append(self.ants.qpos[:, :2].copy())
         reached = at_goal(self.ants.qpos[who, :2], self.goals[who])
@@ -233,7 +253,14 @@ def at_goal(xy: np.ndarray, goal: np.ndarray) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------------
 # The picture
 
-FLOOR, WALL, REACHED, FAILED, GOAL, START = "#f7f5f0", "#8d99ae", "#0072b2", "#d55e00", "#2a9d5c", "#222222"
+FLOOR, WALL, REACHED, FAILED, GOAL, START = (
+    "#f7f5f0",
+    "#8d99ae",
+    "#0072b2",
+    "#d55e00",
+    "#2a9d5c",
+    "#222222",
+)
 
 
 def draw_maze(maze: str, episodes: MazeEpisodes, title: str) -> Figure:
@@ -242,7 +269,9 @@ def draw_maze(maze: str, episodes: MazeEpisodes, title: str) -> Figure:
     left, bottom = np.array(cell_xy(maze, 0, 0)) - CELL / 2
     extent = (left, left + CELL * n_cols, bottom, bottom + CELL * n_rows)
 
-    figure = Figure(figsize=(7.0, 7.0 * (n_rows - 1.5) / (n_cols - 1.5) + 0.75), layout="constrained")
+    figure = Figure(
+        figsize=(7.0, 7.0 * (n_rows - 1.5) / (n_cols - 1.5) + 0.75), layout="constrained"
+    )
     axes = figure.add_subplot(xlabel="x (m)", ylabel="y (m)")
     axes.imshow(walls, cmap=ListedColormap([FLOOR, WALL]), extent=extent, origin="lower")
     faint = max(0.06, 0.5 / len(episodes.goals))
@@ -257,9 +286,13 @@ def draw_maze(maze: str, episodes: MazeEpisodes, title: str) -> Figure:
         axes.add_collection(LineCollection(paths, colors=colour, linewidths=width, alpha=0.75))
         ends = np.array([path[-1] for path in paths]).reshape(-1, 2)
         label = f"{label}: {len(paths)}"
-        axes.scatter(*ends.T, s=14, color=colour, edgecolors="white", linewidths=0.5, zorder=3, label=label)
+        axes.scatter(
+            *ends.T, s=14, color=colour, edgecolors="white", linewidths=0.5, zorder=3, label=label
+        )
     start = np.mean([path[0] for path in episodes.paths], axis=0)
-    axes.scatter(*start, marker="*", s=130, color=START, edgecolors="white", zorder=4, label="start")
+    axes.scatter(
+        *start, marker="*", s=130, color=START, edgecolors="white", zorder=4, label="start"
+    )
     axes.scatter([], [], s=110, color=GOAL, alpha=0.6, label="goals")
     rim = 0.75 * CELL  # of the outer walls, all that needs to be seen is that they are there
     axes.set(xlim=(extent[0] + rim, extent[1] - rim), ylim=(extent[2] + rim, extent[3] - rim))

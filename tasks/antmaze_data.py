@@ -82,7 +82,9 @@ class Planner:
         self.shape = (len(rows), len(rows[0]))
         self.origin = np.array(cell_xy(maze, 0, 0))
         self.free = np.array([self.number(row, col) for row, col in free_cells(maze)])
-        self.goal_cell = self.number(*next((r, row.index("G")) for r, row in enumerate(rows) if "G" in row))
+        self.goal_cell = self.number(
+            *next((r, row.index("G")) for r, row in enumerate(rows) if "G" in row)
+        )
         self.centers = np.array([cell_xy(maze, row, col) for row, col in np.ndindex(self.shape)])
         self.next_cell = np.stack([self._search(cell) for cell in range(len(self.centers))])
 
@@ -92,7 +94,9 @@ class Planner:
     def cell(self, xy: np.ndarray) -> np.ndarray:
         """Cell numbers (n,) of positions (n, 2). Walls are centred on cells, hence the rounding."""
         col, row = np.rint((xy - self.origin) / CELL).astype(int).T
-        return np.clip(row, 0, self.shape[0] - 1) * self.shape[1] + np.clip(col, 0, self.shape[1] - 1)
+        return np.clip(row, 0, self.shape[0] - 1) * self.shape[1] + np.clip(
+            col, 0, self.shape[1] - 1
+        )
 
     def _search(self, target: int) -> np.ndarray:
         """The next cell (cells,) on the way to target from each; a wall's is a free neighbour, if any."""
@@ -111,7 +115,11 @@ class Planner:
     def _neighbours(self, cell: int) -> list[int]:
         row, col = divmod(cell, self.shape[1])
         around = [(row, col - 1), (row, col + 1), (row - 1, col), (row + 1, col)]
-        return [self.number(r, c) for r, c in around if 0 <= r < self.shape[0] and 0 <= c < self.shape[1]]
+        return [
+            self.number(r, c)
+            for r, c in around
+            if 0 <= r < self.shape[0] and 0 <= c < self.shape[1]
+        ]
 
 
 class Herd:
@@ -124,7 +132,10 @@ class Herd:
         self.noise = np.zeros((n, 1))
         self.anchor, self.idle = np.zeros((n, 2)), np.zeros(n, int)
         self.touched, self.lingered = np.zeros(n, bool), np.zeros(n, int)
-        self.straying, self.astray = np.zeros(n, int), np.zeros((n, 2))  # steps that remain, and in which direction
+        self.straying, self.astray = (
+            np.zeros(n, int),
+            np.zeros((n, 2)),
+        )  # steps that remain, and in which direction
 
     def begin(self, who: np.ndarray) -> np.ndarray:
         """Start new trajectories for the ants who (k,), by index; returns their starting places (k, 2)."""
@@ -178,7 +189,9 @@ class Herd:
         self.touched |= touched
         self.lingered += self.touched
         self.aim(np.flatnonzero(at_goal(xy, self.targets)))
-        upright = 1 - 2 * (qpos[:, 4] ** 2 + qpos[:, 5] ** 2) > 0  # the height of the torso's own z axis
+        upright = (
+            1 - 2 * (qpos[:, 4] ** 2 + qpos[:, 5] ** 2) > 0
+        )  # the height of the torso's own z axis
         moved = np.linalg.norm(xy - self.anchor, axis=1) > 1
         self.anchor[moved] = xy[moved]
         self.idle = np.where(moved & upright, 0, self.idle + 1)
@@ -202,7 +215,9 @@ def simulate(
     data = {key: np.zeros((n, n_steps, width), np.float32) for key, width in widths.items()}
     data |= {"terminals": np.zeros((n, n_steps), bool), "timeouts": np.zeros((n, n_steps), bool)}
     age = np.zeros(n, int)
-    progress = tqdm(total=n * n_steps, unit=" transitions", disable=None)  # none where nobody watches
+    progress = tqdm(
+        total=n * n_steps, unit=" transitions", disable=None
+    )  # none where nobody watches
     with AntBatch(task.maze, n, n_threads) as ants, progress:
         begin(herd, ants, np.arange(n))
         for t in range(n_steps):
@@ -221,7 +236,10 @@ def simulate(
     data = {key: array.reshape(-1, *array.shape[2:])[:n_transitions] for key, array in data.items()}
     data["timeouts"][-1] = True
     data["rewards"] = data["terminals"].astype(np.float32)
-    data["infos/qpos"], data["infos/qvel"] = data["observations"][:, :15], data["observations"][:, 15:]
+    data["infos/qpos"], data["infos/qvel"] = (
+        data["observations"][:, :15],
+        data["observations"][:, 15:],
+    )
     return data
 
 

@@ -1,7 +1,7 @@
 """D4RL's antmaze-*-v0 as a gymnasium environment, pictures included.
 
-    import gymnasium, tasks
-    env = gymnasium.make("antmaze-umaze-v0", render_mode="rgb_array")
+import gymnasium, tasks
+env = gymnasium.make("antmaze-umaze-v0", render_mode="rgb_array")
 """
 
 import gymnasium
@@ -47,10 +47,16 @@ class AntMazeEnv(gymnasium.Env):
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
 
     def __init__(
-        self, maze: str = "umaze", render_mode: str | None = None, width: int = 640, height: int = 480
+        self,
+        maze: str = "umaze",
+        render_mode: str | None = None,
+        width: int = 640,
+        height: int = 480,
     ):
         if render_mode not in (None, "rgb_array"):
-            raise TaskError(f"cannot render as {render_mode!r}; use render_mode='rgb_array', or None")
+            raise TaskError(
+                f"cannot render as {render_mode!r}; use render_mode='rgb_array', or None"
+            )
         self.maze = maze
         self.render_mode = render_mode
         self.model = build_model(maze)
@@ -61,7 +67,9 @@ class AntMazeEnv(gymnasium.Env):
         self._picture_size = (width, height)
         self._camera: Camera | None = None
 
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+    def reset(
+        self, *, seed: int | None = None, options: dict | None = None
+    ) -> tuple[np.ndarray, dict]:
         super().reset(seed=seed)
         if self.goal is None or seed is not None:
             self.goal = sample_goals(self.maze, 1, self.np_random)[0]
@@ -71,7 +79,9 @@ class AntMazeEnv(gymnasium.Env):
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
         self.data.ctrl[:] = TORQUE * checked_actions(action, (ACTION_DIM,))
-        self.data.qacc_warmstart[:] = 0.0  # as in AntBatch: observation and action decide, to the last bit
+        self.data.qacc_warmstart[:] = (
+            0.0  # as in AntBatch: observation and action decide, to the last bit
+        )
         mujoco.mj_step(self.model, self.data, FRAME_SKIP)
         success = bool(at_goal(self.data.qpos[:2], self.goal))
         return self._observation(), float(success), success, False, self._info()
@@ -118,10 +128,16 @@ def _paint(model: mujoco.MjModel) -> None:
             model.geom_rgba[geom] = WALL_COLOUR
     floor = model.geom("floor").id
     model.geom_rgba[floor] = FLOOR_COLOUR
-    model.geom_size[floor, :2] = 0.0  # drawn without end; gymnasium's 40 m are too few for the large maze
+    model.geom_size[floor, :2] = (
+        0.0  # drawn without end; gymnasium's 40 m are too few for the large maze
+    )
     headlight = model.vis.headlight
     headlight.ambient[:], headlight.diffuse[:], headlight.specular[:] = 0.45, 0.25, 0.0
-    model.light_dir[0], model.light_diffuse[0], model.light_specular[0] = [0.4, 0.5, -1.0], 0.45, 0.0
+    model.light_dir[0], model.light_diffuse[0], model.light_specular[0] = (
+        [0.4, 0.5, -1.0],
+        0.45,
+        0.0,
+    )
 
 
 def _view_of(maze: str, aspect: float) -> mujoco.MjvCamera:

@@ -24,7 +24,9 @@ from .task import Dataset, TaskError, one_line
 ROWS = 1 << 14  # rows taken from a file at a time: bounds the memory used beyond the result itself
 ACTION_SLACK = 1e-3  # how far outside [-1, 1] an action may lie before the file is refused
 MAX_STEP = 1.0  # metres in 0.1 s that an ant may move; of 190,000 simulated steps, walking or at random full torque, none was 0.32
-ROUNDING = 1e-3  # metres by which a stored goal may differ from the one that rewards were computed with
+ROUNDING = (
+    1e-3  # metres by which a stored goal may differ from the one that rewards were computed with
+)
 MINARI = "minari:"  # what a source that names a Minari data set begins with
 REPAIRED = {False: "", True: ", repaired"}  # added to a label
 
@@ -46,6 +48,7 @@ class RepairError(TaskError):
 
 # ---------------------------------------------------------------------------------------------------------
 # Which data
+
 
 def load(
     task,
@@ -83,7 +86,9 @@ def load(
         if source == "d4rl":
             raise
         if repair:
-            raise TaskError(f"{why}, and data generated here need no repair: give --data PATH, or no --repair-data") from error
+            raise TaskError(
+                f"{why}, and data generated here need no repair: give --data PATH, or no --repair-data"
+            ) from error
         if not task.can_generate:
             raise TaskError(f"{why}; {_by_hand(task)}") from error
         return _generated(task, seed, n_generated, f"{why}, so the data were generated here", log)
@@ -105,7 +110,9 @@ def statistics(dataset: Dataset) -> dict[str, float]:
 def _check_repair(task, other_source: str = "") -> None:
     if other_source or task.family != "antmaze":
         what = f"{other_source or task.name} data"
-        raise RepairError(f"nothing is known to be broken in {what}, only in D4RL's antmaze files: leave out --repair-data")
+        raise RepairError(
+            f"nothing is known to be broken in {what}, only in D4RL's antmaze files: leave out --repair-data"
+        )
 
 
 def _d4rl(task, path: Path, reason: str, repair: bool, log) -> Dataset:
@@ -125,11 +132,19 @@ def _file(task, path: Path, repair: bool, log) -> Dataset:
 
     others = {fetch.base_name(get(name)): name for name in names() if name != task.name}
     if path.name in others:
-        raise TaskError(f"{path} is D4RL's file of {others[path.name]}, not of {task.name}; give another file or another task")
+        raise TaskError(
+            f"{path} is D4RL's file of {others[path.name]}, not of {task.name}; give another file or another task"
+        )
     reason = f"the file {path}, asked for by its path"
     log(f"data: {reason}")
     arrays = read_hdf5(path, task, repair=repair, log=log)
-    return Dataset(task.name, "file", f"file {path.name} (task {task.name}){REPAIRED[repair]}", reason, **arrays)
+    return Dataset(
+        task.name,
+        "file",
+        f"file {path.name} (task {task.name}){REPAIRED[repair]}",
+        reason,
+        **arrays,
+    )
 
 
 def _minari(task, name: str, log) -> Dataset:
@@ -137,7 +152,13 @@ def _minari(task, name: str, log) -> Dataset:
 
     reason = f"the Minari data set {name}, asked for by its name"
     log(f"data: {reason}")
-    return Dataset(task.name, "minari", f"Minari {name} (its scores are not D4RL's)", reason, **minari.read(name, task))
+    return Dataset(
+        task.name,
+        "minari",
+        f"Minari {name} (its scores are not D4RL's)",
+        reason,
+        **minari.read(name, task),
+    )
 
 
 def _generated(task, seed: int, n_transitions: int, reason: str, log) -> Dataset:
@@ -145,7 +166,9 @@ def _generated(task, seed: int, n_transitions: int, reason: str, log) -> Dataset
         raise TaskError(_by_hand(task))
     from .generate import cached  # only here: reading a file needs no simulator
 
-    log(f"data: GENERATED for {task.name}, NOT D4RL's: scores on it are not comparable with published ones")
+    log(
+        f"data: GENERATED for {task.name}, NOT D4RL's: scores on it are not comparable with published ones"
+    )
     log(f"data: why: {reason}")
     path = Path(cached(task, n_transitions=n_transitions, seed=seed, log=log))
     try:
@@ -169,6 +192,7 @@ def _by_hand(task) -> str:
 
 # ---------------------------------------------------------------------------------------------------------
 # Reading, by D4RL's rules for Q-learning
+
 
 def read_hdf5(
     path: str | os.PathLike, task, *, repair: bool = False, log: Callable[[str], None] = print
@@ -195,18 +219,27 @@ def read_hdf5(
         try:
             n = _check_layout(file, path, task)
             terminals = _flags(file["terminals"], path)
-            cut = _flags(file["timeouts"], path) if "timeouts" in file else limit_cuts(terminals, task.episode_limit)
+            cut = (
+                _flags(file["timeouts"], path)
+                if "timeouts" in file
+                else limit_cuts(terminals, task.episode_limit)
+            )
             keep, ended, relabelled = ~cut[:-1], terminals[:-1], False
             if repair:
                 keep, ended, relabelled = repaired(file, path, terminals, cut, log)
             if not keep.any():
                 raise TaskError(f"{path} has no transitions, all {n} rows are cut off: use another")
-            first, second = np.append(keep, False), np.append(False, keep)  # rows that begin a transition, that end one
+            first, second = (
+                np.append(keep, False),
+                np.append(False, keep),
+            )  # rows that begin a transition, that end one
             observations, next_observations = _taken(file["observations"], path, first, second)
             (actions,) = _taken(file["actions"], path, first, check=in_box)
             (rewards,) = _taken(file["rewards"], path, first)
         except OSError as error:
-            raise TaskError(f"{path} is damaged ({one_line(error)}); get or make it again") from error
+            raise TaskError(
+                f"{path} is damaged ({one_line(error)}); get or make it again"
+            ) from error
     terminals = ended[keep]
     return {
         "observations": observations,
@@ -256,8 +289,14 @@ def repaired(
     but it did look at every row. Raises RepairError without infos/goal, or where all terminals would be lost.
     """
     goals = file.get("infos/goal") if isinstance(file.get("infos"), h5py.Group) else None
-    if not isinstance(goals, h5py.Dataset) or goals.shape != (len(terminals), 2) or goals.dtype.kind != "f":
-        raise RepairError(f"{path} has no infos/goal, (N, 2): it cannot be repaired; leave out --repair-data")
+    if (
+        not isinstance(goals, h5py.Dataset)
+        or goals.shape != (len(terminals), 2)
+        or goals.dtype.kind != "f"
+    ):
+        raise RepairError(
+            f"{path} has no infos/goal, (N, 2): it cannot be repaired; leave out --repair-data"
+        )
     xy = finite(file["observations"][:, :2], f"{path}: observations")
     goal = finite(goals[:], f"{path}: infos/goal")
     follows = (_apart(xy[1:], xy[:-1]) <= MAX_STEP) & (goal[1:] == goal[:-1]).all(axis=1)
@@ -286,12 +325,16 @@ def _apart(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def finite(rows: np.ndarray, where: str, first: int = 0) -> np.ndarray:
     """The rows as float32. Raises TaskError if not all are finite, naming `where` and the row, counted from first."""
-    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, and is reported as that
+    with np.errstate(
+        over="ignore"
+    ):  # a float64 beyond float32 becomes inf, and is reported as that
         rows = rows.astype(np.float32, copy=False)
     good = np.isfinite(rows)
     if not good.all():
         place = tuple(np.argwhere(~good)[0])
-        raise TaskError(f"{where} has {rows[place]} in row {first + place[0]}; repair the data or use others")
+        raise TaskError(
+            f"{where} has {rows[place]} in row {first + place[0]}; repair the data or use others"
+        )
     return rows
 
 
@@ -306,11 +349,16 @@ def in_box(actions: np.ndarray, where: str, first: int = 0) -> np.ndarray:
     return actions
 
 
-def _taken(array: h5py.Dataset, path: Path, *masks: np.ndarray, check: Callable = finite) -> list[np.ndarray]:
+def _taken(
+    array: h5py.Dataset, path: Path, *masks: np.ndarray, check: Callable = finite
+) -> list[np.ndarray]:
     """For each mask (N,) the rows of array (N, ...) where it is True, as float32; all of array is read once and checked."""
     chunk = array.chunks[0] if array.chunks else 1
     step = max(1, ROWS // chunk) * chunk  # no chunk is unpacked twice
-    taken, counts = [np.empty((mask.sum(), *array.shape[1:]), np.float32) for mask in masks], [0] * len(masks)
+    taken, counts = (
+        [np.empty((mask.sum(), *array.shape[1:]), np.float32) for mask in masks],
+        [0] * len(masks),
+    )
     for start in range(0, len(array), step):
         rows = check(array[start : start + step], f"{path}: {array.name.lstrip('/')}", start)
         for k, mask in enumerate(masks):
@@ -322,7 +370,9 @@ def _taken(array: h5py.Dataset, path: Path, *masks: np.ndarray, check: Callable 
 
 def _opened(path: Path) -> h5py.File:
     if not os.path.isfile(path):
-        raise TaskError(f"there is no file {path}: give auto, d4rl, generated, minari:NAME, or the path of an HDF5 file")
+        raise TaskError(
+            f"there is no file {path}: give auto, d4rl, generated, minari:NAME, or the path of an HDF5 file"
+        )
     try:
         return h5py.File(path, "r")
     except OSError as error:
@@ -336,28 +386,43 @@ def _check_layout(file: h5py.File, path: Path, task) -> int:
     missing = [key for key in keys if not isinstance(file.get(key), h5py.Dataset)]
     if missing:
         there = ", ".join(sorted(file)[:8]) or "nothing"
-        raise TaskError(f"{path} lacks {', '.join(missing)} (it has {there}); use a file in D4RL's layout")
+        raise TaskError(
+            f"{path} lacks {', '.join(missing)} (it has {there}); use a file in D4RL's layout"
+        )
     made_for = file.attrs.get("task", task.name)  # data generated here say it
     if made_for != task.name:
-        raise TaskError(f"{path} was generated for {made_for}, not for {task.name}; give another file or another task")
+        raise TaskError(
+            f"{path} was generated for {made_for}, not for {task.name}; give another file or another task"
+        )
     arrays = {key: file[key] for key in (*keys, "timeouts") if key in file}
     for key, array in arrays.items():
         if array.dtype.kind not in "biuf":
-            raise TaskError(f"{path}: {key} holds {array.dtype}, not numbers; use a file in D4RL's layout")
-        if key not in ("observations", "actions") and array.shape not in ((array.size,), (array.size, 1)):
-            raise TaskError(f"{path}: {key} has shape {array.shape}, not one number a row; use another file")
+            raise TaskError(
+                f"{path}: {key} holds {array.dtype}, not numbers; use a file in D4RL's layout"
+            )
+        if key not in ("observations", "actions") and array.shape not in (
+            (array.size,),
+            (array.size, 1),
+        ):
+            raise TaskError(
+                f"{path}: {key} has shape {array.shape}, not one number a row; use another file"
+            )
     _check_shapes(file["observations"].shape, file["actions"].shape, path, task)
     lengths = {key: len(array) for key, array in arrays.items()}
     if len(set(lengths.values())) > 1:
         counts = ", ".join(f"{key} {length:,}" for key, length in lengths.items())
-        raise TaskError(f"{path}: the arrays differ in length ({counts}); get or make the file again")
+        raise TaskError(
+            f"{path}: the arrays differ in length ({counts}); get or make the file again"
+        )
     n = lengths["rewards"]
     if n < 2:
         raise TaskError(f"{path} is empty: it has {n} rows, one transition takes 2; use another")
     return n
 
 
-def _check_shapes(observations: tuple[int, ...], actions: tuple[int, ...], path: Path, task) -> None:
+def _check_shapes(
+    observations: tuple[int, ...], actions: tuple[int, ...], path: Path, task
+) -> None:
     if observations[1:] == (task.state_dim,) and actions[1:] == (task.action_dim,):
         return
     family = FAMILIES.get((*observations[1:], *actions[1:]))

@@ -1,7 +1,7 @@
 """Any task as a gymnasium environment, its pictures, and films of an episode. (The mazes have one of their own, antmaze_env.)
 
-    import gymnasium, tasks
-    env = gymnasium.make("hopper-medium-v2", render_mode="rgb_array")
+import gymnasium, tasks
+env = gymnasium.make("hopper-medium-v2", render_mode="rgb_array")
 """
 
 import copy
@@ -30,17 +30,25 @@ class TaskEnv(gymnasium.Env):
 
     metadata = {"render_modes": ["rgb_array"]}
 
-    def __init__(self, task: Task, render_mode: str | None = None, width: int = 480, height: int = 480):
+    def __init__(
+        self, task: Task, render_mode: str | None = None, width: int = 480, height: int = 480
+    ):
         if render_mode not in (None, "rgb_array"):
-            raise TaskError(f"cannot render as {render_mode!r}; use render_mode='rgb_array', or None")
+            raise TaskError(
+                f"cannot render as {render_mode!r}; use render_mode='rgb_array', or None"
+            )
         self.task, self.world, self.render_mode = task, task.world(1, n_threads=1), render_mode
         self.metadata = {**self.metadata, "render_fps": round(1 / task.step_seconds)}
-        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (task.state_dim,), np.float64)
+        self.observation_space = gymnasium.spaces.Box(
+            -np.inf, np.inf, (task.state_dim,), np.float64
+        )
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (task.action_dim,), np.float32)
         self._picture_size = (width, height)
         self._camera: Camera | None = None
 
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+    def reset(
+        self, *, seed: int | None = None, options: dict | None = None
+    ) -> tuple[np.ndarray, dict]:
         super().reset(seed=seed)
         self.world.reset(ONE, self.np_random)
         return self._observation(), {}
@@ -60,7 +68,9 @@ class TaskEnv(gymnasium.Env):
             return None
         simulation = self.world.simulation
         if self._camera is None:
-            self._shown = copy.copy(simulation.model)  # pictures change it, and other worlds have the same one
+            self._shown = copy.copy(
+                simulation.model
+            )  # pictures change it, and other worlds have the same one
             self._camera = Camera(self._shown, self.task.camera(self._shown), *self._picture_size)
         self.world.show(self._shown)
         data = mujoco.MjData(self._shown)
@@ -90,12 +100,16 @@ def film(env: gymnasium.Env, act, path: str | os.PathLike, seed: int) -> float:
     observation, _ = env.reset(seed=seed)
     frames, total, done, t = [env.render()], 0.0, False, 0
     while not done:
-        observation, reward, terminated, truncated, _ = env.step(act(observation.astype(np.float32)))
+        observation, reward, terminated, truncated, _ = env.step(
+            act(observation.astype(np.float32))
+        )
         total, done, t = total + float(reward), terminated or truncated, t + 1
         if t % every == 0 or done:
             frames.append(env.render())
     env.close()
-    gif = iio.imwrite("<bytes>", np.stack(frames), extension=".gif", duration=round(1000 * every / speed), loop=0)
+    gif = iio.imwrite(
+        "<bytes>", np.stack(frames), extension=".gif", duration=round(1000 * every / speed), loop=0
+    )
     try:
         with written_whole(path) as temporary:
             temporary.write_bytes(gif)
@@ -113,8 +127,13 @@ class Camera:
 
     def __init__(self, model: mujoco.MjModel, view: mujoco.MjvCamera, width: int, height: int):
         model.vis.global_.offwidth, model.vis.global_.offheight = width, height
-        quality = model.vis.quality  # the kitchen asks for what takes seconds a picture without a GPU
-        quality.shadowsize, quality.offsamples = min(quality.shadowsize, 1024), min(quality.offsamples, 4)
+        quality = (
+            model.vis.quality
+        )  # the kitchen asks for what takes seconds a picture without a GPU
+        quality.shadowsize, quality.offsamples = (
+            min(quality.shadowsize, 1024),
+            min(quality.offsamples, 4),
+        )
         backend = _gl_backend()
         try:
             self._gl = importlib.import_module(backend).GLContext(width, height)
@@ -138,7 +157,9 @@ class Camera:
         for centre, radius, height, colour in discs:
             marker = self._scene.geoms[self._scene.ngeom]
             shape = mujoco.mjtGeom.mjGEOM_CYLINDER
-            mujoco.mjv_initGeom(marker, shape, [radius, height, 0.0], centre, np.eye(3).ravel(), colour)
+            mujoco.mjv_initGeom(
+                marker, shape, [radius, height, 0.0], centre, np.eye(3).ravel(), colour
+            )
             self._scene.ngeom += 1
         mujoco.mjr_render(self._viewport, self._scene, self._context)
         picture = np.empty((self._viewport.height, self._viewport.width, 3), np.uint8)

@@ -16,7 +16,9 @@ from tqdm import tqdm
 from .task import TaskError, one_line
 
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"  # down at times, hence the mirror
-MIRROR_URL = "https://huggingface.co/datasets/imone/D4RL/resolve/main/"  # the same base names, no folders
+MIRROR_URL = (
+    "https://huggingface.co/datasets/imone/D4RL/resolve/main/"  # the same base names, no folders
+)
 TIMEOUT = 10  # seconds, for the connection and for each read
 BLOCK = 1 << 20  # bytes taken from the network at a time
 
@@ -49,7 +51,9 @@ def fetch(task) -> str:
     """
     folder, name = d4rl_folder(), base_name(task)
     part = folder / f"{name}.part-{os.getpid()}"
-    go_on = "go on with a file of yours (--data PATH)" + (" or with --data generated" if task.can_generate else "")
+    go_on = "go on with a file of yours (--data PATH)" + (
+        " or with --data generated" if task.can_generate else ""
+    )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         part.touch()  # asked before the network is
@@ -67,7 +71,9 @@ def fetch(task) -> str:
                 failures[url] = str(failure)
     except OSError as error:  # the network's are all _NoAnswer by now, so this is the disk's
         todo = "free some space" if error.errno == errno.ENOSPC else "look at the disk"
-        message = f"cannot save {name} in {folder} ({error.strerror}): {todo} or set D4RL_DATASET_DIR"
+        message = (
+            f"cannot save {name} in {folder} ({error.strerror}): {todo} or set D4RL_DATASET_DIR"
+        )
         raise TaskError(message) from error
     finally:
         with contextlib.suppress(OSError):  # a clean-up that fails must not hide why it was needed
@@ -95,7 +101,9 @@ def _fetch_one(url: str, part: Path, name: str) -> None:
             file.write(block)
             bar.update(len(block))
     try:
-        h5py.File(part, "r").close()  # an error page is an answer too, and without a size HDF5 knows its own
+        h5py.File(
+            part, "r"
+        ).close()  # an error page is an answer too, and without a size HDF5 knows its own
     except OSError as error:
         raise _NoAnswer("what came is not a whole HDF5 file") from error
 

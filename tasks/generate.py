@@ -27,7 +27,9 @@ MAKERS = {"antmaze": ".antmaze_data", "locomotion": ".locomotion_data"}
 def maker(task: Task):
     """The module that makes a task's data. Raises TaskError for a task without one."""
     if not task.can_generate:
-        raise TaskError(f"there are no generated data for {task.name}: give D4RL's file, or another with --data PATH")
+        raise TaskError(
+            f"there are no generated data for {task.name}: give D4RL's file, or another with --data PATH"
+        )
     return importlib.import_module(MAKERS[task.family], __package__)
 
 
@@ -49,17 +51,30 @@ def generate(
     """
     path, makes = Path(path), maker(task)
     if n_transitions < 2:
-        raise TaskError(f"n_transitions is {n_transitions}: a data set needs at least 2 transitions")
+        raise TaskError(
+            f"n_transitions is {n_transitions}: a data set needs at least 2 transitions"
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(path) as temporary:
             temporary.touch()  # a folder that cannot be written is noticed now, not after minutes of work
-            log(f"generating {n_transitions:,} transitions for {task.name}, seed {seed}, recipe {makes.VERSION}")
+            log(
+                f"generating {n_transitions:,} transitions for {task.name}, seed {seed}, recipe {makes.VERSION}"
+            )
             recipe = makes.Recipe()
             data = makes.simulate(task, n_transitions, seed, recipe, n_threads)
             facts = makes.statistics(data)
-            log("generated data: " + ", ".join(f"{name} {value:.7g}" for name, value in facts.items()))
-            _write(temporary, data, dict(task=task.name, seed=seed, recipe_version=makes.VERSION) | facts | asdict(recipe))
+            log(
+                "generated data: "
+                + ", ".join(f"{name} {value:.7g}" for name, value in facts.items())
+            )
+            _write(
+                temporary,
+                data,
+                dict(task=task.name, seed=seed, recipe_version=makes.VERSION)
+                | facts
+                | asdict(recipe),
+            )
     except OSError as error:
         message = f"cannot write generated data to {path}: {error}; free the disk or choose another folder"
         raise TaskError(message) from error
@@ -74,14 +89,18 @@ def _write(path: Path, data: dict[str, np.ndarray], facts: dict) -> None:
         file.attrs.update(facts | versions)
 
 
-def cached(task: Task, *, n_transitions: int = 1_000_000, seed: int = 0, log: Callable[[str], None] = print) -> Path:
+def cached(
+    task: Task, *, n_transitions: int = 1_000_000, seed: int = 0, log: Callable[[str], None] = print
+) -> Path:
     """The generated file of this task, size, seed and recipe in the cache folder; made when not there."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusion-ql"
     path = folder / f"{task.name}-seed{seed}-{n_transitions}-r{maker(task).VERSION}.hdf5"
     if path.exists():
         try:
             with h5py.File(path) as file:
-                log(f"using {path}, generated earlier, of mean return {file.attrs['mean_return']:.4g}")
+                log(
+                    f"using {path}, generated earlier, of mean return {file.attrs['mean_return']:.4g}"
+                )
             return path
         except (OSError, KeyError) as error:
             log(f"cannot open {path} ({error}); generating it again")

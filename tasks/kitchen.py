@@ -28,7 +28,9 @@ START = np.array([
     -0.269397440, 0.350383255, 1.61944683, 1.00618764, 4.06395120e-3, -6.62095997e-3, -2.68278933e-4,
 ])  # fmt: skip
 # Noise of an observed qpos is a tenth of this times U(±1).
-NOISE = 0.1 * np.repeat([0.1, 0.005, 0.0005, 0.005, 0.1, 0.005, 0.1, 0.005], [9, 2, 6, 3, 3, 3, 3, 1])
+NOISE = 0.1 * np.repeat(
+    [0.1, 0.005, 0.0005, 0.005, 0.1, 0.005, 0.1, 0.005], [9, 2, 6, 3, 3, 3, 3, 1]
+)
 # Between these the controller keeps what it asks of the arm's joints.
 JOINT_LOW = np.array([-2.9, -1.8, -2.9, -3.1, -2.9, 0.0, -2.9, 0.0, 0.0])
 JOINT_HIGH = np.array([2.9, 1.8, 2.9, 0.0, 2.9, 3.8, 2.9, 0.04, 0.04])
@@ -48,7 +50,11 @@ SUBTASKS = {
 @lru_cache
 def build_model() -> mujoco.MjModel:
     """gymnasium-robotics' Franka arm and kitchen."""
-    return compile_spec(load_spec("gymnasium_robotics", "envs/assets/kitchen_franka/kitchen_assets/kitchen_env_model.xml"))
+    return compile_spec(
+        load_spec(
+            "gymnasium_robotics", "envs/assets/kitchen_franka/kitchen_assets/kitchen_env_model.xml"
+        )
+    )
 
 
 class KitchenWorld(World):
@@ -67,20 +73,28 @@ class KitchenWorld(World):
         self.missing[who] = True
         self.place(who, START, np.zeros(self.simulation.model.nv), rng)
 
-    def place(self, who: np.ndarray, qpos: np.ndarray, qvel: np.ndarray, rng: np.random.Generator) -> None:
+    def place(
+        self, who: np.ndarray, qpos: np.ndarray, qvel: np.ndarray, rng: np.random.Generator
+    ) -> None:
         super().place(who, qpos, qvel, rng)
         self._observe(who, rng)
 
     def _observe(self, who: np.ndarray, rng: np.random.Generator) -> None:
-        self.observations[who, :30] = self.simulation.qpos[who] + NOISE * rng.uniform(-1.0, 1.0, (len(who), 30))
+        self.observations[who, :30] = self.simulation.qpos[who] + NOISE * rng.uniform(
+            -1.0, 1.0, (len(who), 30)
+        )
 
-    def step(self, who: np.ndarray, actions: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    def step(
+        self, who: np.ndarray, actions: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
         velocity = SPEED * checked_actions(actions, (len(who), N_ARM))
         wanted = self.observations[who, :N_ARM] + STEP_SECONDS * velocity
         self.simulation.step(who, wanted.clip(JOINT_LOW, JOINT_HIGH), FRAME_SKIP)
         self._observe(who, rng)
         seen = self.observations[who]
-        off = np.stack([np.linalg.norm(seen[:, where] - goal, axis=1) for where, goal in self.subtasks], axis=1)
+        off = np.stack(
+            [np.linalg.norm(seen[:, where] - goal, axis=1) for where, goal in self.subtasks], axis=1
+        )
         newly_done = self.missing[who] & (off < DONE_WITHIN)
         self.missing[who] &= ~newly_done
         return newly_done.sum(axis=1).astype(float), ~self.missing[who].any(axis=1)
@@ -100,5 +114,10 @@ class Kitchen(Task):
     def camera(self, model: mujoco.MjModel) -> mujoco.MjvCamera:
         """Over the robot's shoulder."""
         camera = mujoco.MjvCamera()
-        camera.lookat[:], camera.distance, camera.azimuth, camera.elevation = [-0.2, 0.5, 2.0], 2.2, 70.0, -35.0
+        camera.lookat[:], camera.distance, camera.azimuth, camera.elevation = (
+            [-0.2, 0.5, 2.0],
+            2.2,
+            70.0,
+            -35.0,
+        )
         return camera

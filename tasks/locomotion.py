@@ -33,7 +33,9 @@ class Body(NamedTuple):
 
 def _hopper_is_healthy(state):
     z, angle = state[:, 1], state[:, 2]
-    return (z > 0.7) & (np.abs(angle) < 0.2) & (np.abs(state[:, 2:]) < 100).all(axis=1)  # False for NaN too
+    return (
+        (z > 0.7) & (np.abs(angle) < 0.2) & (np.abs(state[:, 2:]) < 100).all(axis=1)
+    )  # False for NaN too
 
 
 def _walker_is_healthy(state):
@@ -68,16 +70,24 @@ class LocomotionWorld(World):
     @property
     def observations(self) -> np.ndarray:
         clip = self.body.velocity_clip
-        return np.concatenate([self.simulation.qpos[:, 1:], self.simulation.qvel.clip(-clip, clip)], axis=1)
+        return np.concatenate(
+            [self.simulation.qpos[:, 1:], self.simulation.qvel.clip(-clip, clip)], axis=1
+        )
 
     def reset(self, who: np.ndarray, rng: np.random.Generator) -> None:
         model, noise = self.simulation.model, self.body.reset_noise
         qpos = model.qpos0 + rng.uniform(-noise, noise, (len(who), model.nq))
         shape = (len(who), model.nv)
-        qvel = noise * rng.standard_normal(shape) if self.body.normal_velocity else rng.uniform(-noise, noise, shape)
+        qvel = (
+            noise * rng.standard_normal(shape)
+            if self.body.normal_velocity
+            else rng.uniform(-noise, noise, shape)
+        )
         self.place(who, qpos, qvel, rng)
 
-    def step(self, who: np.ndarray, actions: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    def step(
+        self, who: np.ndarray, actions: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
         body, simulation = self.body, self.simulation
         actions = checked_actions(actions, (len(who), simulation.model.nu))
         x = simulation.qpos[who, 0]

@@ -45,14 +45,23 @@ class Ladder(NamedTuple):
 
 def load_ladder(body: str) -> Ladder:
     policies = json.loads((POLICIES / f"{body}.json").read_text())["policies"]
-    return Ladder(*(np.array([policy[key] for policy in policies]) for key in ("weights", "bias", "episode_return", "noisy_return")))
+    return Ladder(
+        *(
+            np.array([policy[key] for policy in policies])
+            for key in ("weights", "bias", "episode_return", "noisy_return")
+        )
+    )
 
 
 def rungs(quality: str, ladder: Ladder) -> np.ndarray:
     """The policies that data of a quality are made with, equally likely."""
     medium = int(np.abs(ladder.noisy_returns - ladder.returns[-1] / 2).argmin())
     best = len(ladder.returns) - 1
-    return {"medium": np.array([medium]), "medium-replay": np.arange(medium + 1), "medium-expert": np.array([medium, best])}[quality]
+    return {
+        "medium": np.array([medium]),
+        "medium-replay": np.arange(medium + 1),
+        "medium-expert": np.array([medium, best]),
+    }[quality]
 
 
 def simulate(
@@ -68,14 +77,24 @@ def simulate(
 
     def begin(world, who):
         # A body keeps to one of medium-expert's two, for the better one's trajectories are longer and would fill the data.
-        rung[who] = allowed[who % 2] if task.quality == "medium-expert" else rng.choice(allowed, len(who))
+        rung[who] = (
+            allowed[who % 2] if task.quality == "medium-expert" else rng.choice(allowed, len(who))
+        )
         noise[who] = rng.uniform(*recipe.noise, (len(who), 1))
         age[who] = 0
         world.reset(who, rng)
 
-    with task.world(n, n_threads) as world, tqdm(total=n * n_steps, unit=" transitions", disable=None) as progress:
+    with (
+        task.world(n, n_threads) as world,
+        tqdm(total=n * n_steps, unit=" transitions", disable=None) as progress,
+    ):
         model = world.simulation.model
-        widths = {"observations": task.state_dim, "actions": task.action_dim, "infos/qpos": model.nq, "infos/qvel": model.nv}
+        widths = {
+            "observations": task.state_dim,
+            "actions": task.action_dim,
+            "infos/qpos": model.nq,
+            "infos/qvel": model.nv,
+        }
         data = {key: np.zeros((n, n_steps, width), np.float32) for key, width in widths.items()}
         data["rewards"] = np.zeros((n, n_steps), np.float32)
         data |= {key: np.zeros((n, n_steps), bool) for key in ("terminals", "timeouts")}
@@ -83,9 +102,16 @@ def simulate(
         begin(world, everyone)
         for t in range(n_steps):
             states = world.observations
-            actions = np.einsum("nas,ns->na", weights[rung], states) + bias[rung] + noise * rng.standard_normal((n, task.action_dim))
+            actions = (
+                np.einsum("nas,ns->na", weights[rung], states)
+                + bias[rung]
+                + noise * rng.standard_normal((n, task.action_dim))
+            )
             data["observations"][:, t], data["actions"][:, t] = states, actions.clip(-1, 1)
-            data["infos/qpos"][:, t], data["infos/qvel"][:, t] = world.simulation.qpos, world.simulation.qvel
+            data["infos/qpos"][:, t], data["infos/qvel"][:, t] = (
+                world.simulation.qpos,
+                world.simulation.qvel,
+            )
             data["rewards"][:, t], terminals = world.step(everyone, data["actions"][:, t], rng)
             age += 1
             cut = ~terminals & ((age >= task.episode_limit) | (t == n_steps - 1))

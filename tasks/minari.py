@@ -40,12 +40,18 @@ def read(name: str, task) -> dict[str, np.ndarray]:
     start = 0
     try:
         for episode in data.iterate_episodes():
-            of, columns = f"{where}, episode {episode.id}", (episode.actions, episode.rewards, episode.terminations)
+            of, columns = (
+                f"{where}, episode {episode.id}",
+                (episode.actions, episode.rewards, episode.terminations),
+            )
             into = slice(start, start + len(episode))
             if {len(episode.observations) - 1, *map(len, columns)} != {len(episode)}:
                 raise ValueError(f"the columns of episode {episode.id} differ in length")
             observations = finite(episode.observations, f"{of}: observations")
-            arrays["observations"][into], arrays["next_observations"][into] = observations[:-1], observations[1:]
+            arrays["observations"][into], arrays["next_observations"][into] = (
+                observations[:-1],
+                observations[1:],
+            )
             arrays["actions"][into] = in_box(episode.actions, f"{of}: actions")
             arrays["rewards"][into] = finite(episode.rewards, f"{of}: rewards")
             arrays["terminals"][into] = episode.terminations
@@ -53,7 +59,9 @@ def read(name: str, task) -> dict[str, np.ndarray]:
         if start != n or not n:
             raise ValueError(f"it has {start:,} steps and announces {n:,}")
     except (OSError, ValueError, KeyError, AssertionError) as error:
-        raise TaskError(f"{where} is damaged, {one_line(error)}: delete it and download or make it again") from error
+        raise TaskError(
+            f"{where} is damaged, {one_line(error)}: delete it and download or make it again"
+        ) from error
     return arrays
 
 
@@ -61,12 +69,16 @@ def _opened(name: str):
     try:
         import minari
     except ImportError as error:
-        raise TaskError(f"reading Minari's {name} takes the package minari: pip install -r requirements.txt") from error
+        raise TaskError(
+            f"reading Minari's {name} takes the package minari: pip install -r requirements.txt"
+        ) from error
     try:
         return minari.load_dataset(name)
     except FileNotFoundError:
         get = f"get it with: minari download {name or 'NAME'}"
-        raise TaskError(f"there is no local Minari data set {name!r}{_local(minari)}; {get}") from None
+        raise TaskError(
+            f"there is no local Minari data set {name!r}{_local(minari)}; {get}"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError, ImportError, AssertionError) as error:
         raise TaskError(f"Minari's {name} cannot be opened: {one_line(error)}") from error
 
@@ -82,7 +94,10 @@ def _local(minari) -> str:
 
 
 def _check_spaces(data, where: str, task) -> None:
-    wanted = {"observations": (data.observation_space, task.state_dim), "actions": (data.action_space, task.action_dim)}
+    wanted = {
+        "observations": (data.observation_space, task.state_dim),
+        "actions": (data.action_space, task.action_dim),
+    }
     for what, (space, size) in wanted.items():
         if not isinstance(space, spaces.Box):
             parts = f" of {', '.join(space)}" if isinstance(space, spaces.Dict) else ""
@@ -91,4 +106,6 @@ def _check_spaces(data, where: str, task) -> None:
                 "they are another task's"
             )
         if space.shape != (size,):
-            raise TaskError(f"{where} has {what} of shape {space.shape}, {task.name} needs ({size},): they are another task's")
+            raise TaskError(
+                f"{where} has {what} of shape {space.shape}, {task.name} needs ({size},): they are another task's"
+            )

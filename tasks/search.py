@@ -62,7 +62,9 @@ class Normaliser:
         return weights, -weights @ self.mean
 
 
-def run(world: LocomotionWorld, weights, bias, rng, limit: int, noise=0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def run(
+    world: LocomotionWorld, weights, bias, rng, limit: int, noise=0.0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One episode for each of k policies, noise () or (k, 1) times normals added to its actions.
 
     -> returns (k,), lengths (k,), the states seen (sum of lengths, S)
@@ -89,12 +91,20 @@ def search(body: str, seconds: float, seed: int, report=print) -> list[dict]:
     """Climb for a number of seconds. -> the policies on the way: dicts of steps, weights, bias, episode_return, noisy_return"""
     settings, task = SETTINGS[body], get(f"{body}-medium-v2")
     rng, normaliser = np.random.default_rng(seed), Normaliser(task.state_dim)
-    matrix, steps, began, found, measured_at = np.zeros((task.action_dim, task.state_dim)), 0, time.monotonic(), [], 0.0
+    matrix, steps, began, found, measured_at = (
+        np.zeros((task.action_dim, task.state_dim)),
+        0,
+        time.monotonic(),
+        [],
+        0.0,
+    )
     alive = BODIES[body].alive
     with task.world(2 * settings.directions, 1) as world:
         while time.monotonic() - began < seconds:
             deltas = rng.standard_normal((settings.directions, *matrix.shape))
-            tried = np.concatenate([matrix + settings.noise * deltas, matrix - settings.noise * deltas])
+            tried = np.concatenate(
+                [matrix + settings.noise * deltas, matrix - settings.noise * deltas]
+            )
             returns, lengths, states = run(world, *normaliser.fold(tried), rng, settings.limit)
             normaliser.see(states)
             steps += lengths.sum()
@@ -106,20 +116,30 @@ def search(body: str, seconds: float, seed: int, report=print) -> list[dict]:
             if time.monotonic() - measured_at > min(10.0, seconds / 20):
                 measured_at = time.monotonic()
                 (weights,), (bias,) = normaliser.fold(matrix[None])
-                policy = {"steps": int(steps), "weights": weights.round(5).tolist(), "bias": bias.round(5).tolist()}
+                policy = {
+                    "steps": int(steps),
+                    "weights": weights.round(5).tolist(),
+                    "bias": bias.round(5).tolist(),
+                }
                 found.append(policy | measured(body, policy))
-                report(f"{steps:,} steps: return {found[-1]['episode_return']:.0f}, with noise {found[-1]['noisy_return']:.0f}")
+                report(
+                    f"{steps:,} steps: return {found[-1]['episode_return']:.0f}, with noise {found[-1]['noisy_return']:.0f}"
+                )
     return found
 
 
 def measured(body: str, policy: dict) -> dict:
     """A policy's mean return as it is and with the data's noise, the same episodes for every policy."""
-    weights, bias = (np.array(policy[key])[None].repeat(EPISODES, axis=0) for key in ("weights", "bias"))
+    weights, bias = (
+        np.array(policy[key])[None].repeat(EPISODES, axis=0) for key in ("weights", "bias")
+    )
     found, limit = {}, SETTINGS[body].limit
     with get(f"{body}-medium-v2").world(EPISODES, 1) as world:
         for name, (low, high) in (("episode_return", (0.0, 0.0)), ("noisy_return", Recipe().noise)):
             rng = np.random.default_rng(0)
-            returns, _, _ = run(world, weights, bias, rng, limit, rng.uniform(low, high, (EPISODES, 1)))
+            returns, _, _ = run(
+                world, weights, bias, rng, limit, rng.uniform(low, high, (EPISODES, 1))
+            )
             found[name] = float(returns.mean())
     return found
 
@@ -136,14 +156,23 @@ def ladder(found: list[dict], n: int = 12) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("body", choices=list(SETTINGS))
-    parser.add_argument("--seconds", type=float, default=600, help="0: measure the policies that are there")
+    parser.add_argument(
+        "--seconds", type=float, default=600, help="0: measure the policies that are there"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     path = POLICIES / f"{options.body}.json"
     if options.seconds > 0:
-        how = {"seconds": options.seconds, "seed": options.seed, **SETTINGS[options.body]._asdict(), "mujoco": mujoco.__version__}
+        how = {
+            "seconds": options.seconds,
+            "seed": options.seed,
+            **SETTINGS[options.body]._asdict(),
+            "mujoco": mujoco.__version__,
+        }
         policies = ladder(search(options.body, options.seconds, options.seed))
     else:
         saved = json.loads(path.read_text())

@@ -1,8 +1,8 @@
 """Many copies of one MuJoCo model, stepped together on all cores; and what all tasks do to a model and to actions.
 
-    with Simulation(model, n=100) as copies:
-        copies.place(np.arange(100), qpos, qvel)
-        copies.step(np.arange(100), control, n_substeps=5)
+with Simulation(model, n=100) as copies:
+    copies.place(np.arange(100), qpos, qvel)
+    copies.step(np.arange(100), control, n_substeps=5)
 """
 
 import os
@@ -33,13 +33,17 @@ class Simulation:
         n_threads = min(n_threads or available_cores(), n)
         size = mujoco.mj_stateSize(model, mujoco.mjtState.mjSTATE_FULLPHYSICS)
         if size != 1 + model.nq + model.nv:
-            raise ValueError(f"a model with {size - 1 - model.nq - model.nv} states beyond qpos and qvel is not supported")
+            raise ValueError(
+                f"a model with {size - 1 - model.nq - model.nv} states beyond qpos and qvel is not supported"
+            )
         self._state = np.zeros((n, size))  # MuJoCo's order: time, qpos, qvel
         self.qpos = self._state[:, 1 : 1 + model.nq]
         self.qvel = self._state[:, 1 + model.nq :]
         self.states = self._state[:, 1:]
         self.sensors = np.zeros((n, model.nsensordata))
-        self._rollout = Rollout(nthread=n_threads if n_threads > 1 else 0)  # 0: on the calling thread
+        self._rollout = Rollout(
+            nthread=n_threads if n_threads > 1 else 0
+        )  # 0: on the calling thread
         self._data = [mujoco.MjData(model) for _ in range(n_threads)]
         self.place(np.arange(n), model.qpos0, np.zeros(model.nv))
 
@@ -79,14 +83,18 @@ def load_spec(package: str, xml: str) -> mujoco.MjSpec:
     found = find_spec(package)
     if found is None:
         name = package.replace("_", "-")
-        raise TaskError(f"the package {name} is missing, and this task's model is in it: pip install -r requirements.txt")
+        raise TaskError(
+            f"the package {name} is missing, and this task's model is in it: pip install -r requirements.txt"
+        )
     return mujoco.MjSpec.from_file(str(Path(found.submodule_search_locations[0]) / xml))
 
 
 def compile_spec(spec: mujoco.MjSpec) -> mujoco.MjModel:
     """The model, its contacts made where D4RL's MuJoCo made them (margins_add)."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*settotalmass")  # half_cheetah.xml's; nothing that a user could mend
+        warnings.filterwarnings(
+            "ignore", message=".*settotalmass"
+        )  # half_cheetah.xml's; nothing that a user could mend
         model = spec.compile()
     if margins_add():
         model.geom_margin[:] *= 0.5
@@ -112,7 +120,9 @@ def checked_actions(actions: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Actions as float64, clipped to [-1, 1] as D4RL does. TaskError if not finite or of another shape."""
     actions = np.asarray(actions, dtype=np.float64)
     if actions.shape != shape:
-        raise TaskError(f"actions have shape {actions.shape}, not {shape}; give {shape[-1]} numbers for each episode")
+        raise TaskError(
+            f"actions have shape {actions.shape}, not {shape}; give {shape[-1]} numbers for each episode"
+        )
     if not np.isfinite(actions).all():
         raise TaskError("actions hold NaN or infinity; check the policy that made them")
     return np.clip(actions, -1.0, 1.0)

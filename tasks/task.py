@@ -39,7 +39,9 @@ class Dataset:
     actions: np.ndarray  # (N, A) float32
     next_observations: np.ndarray  # (N, S) float32
     rewards: np.ndarray  # (N,) float32
-    terminals: np.ndarray  # (N,) bool: the episode truly ended here, so nothing is bootstrapped from next_observations
+    terminals: (
+        np.ndarray
+    )  # (N,) bool: the episode truly ended here, so nothing is bootstrapped from next_observations
 
     def __len__(self) -> int:
         return len(self.rewards)
@@ -49,7 +51,13 @@ class Dataset:
         crc = 0
         for column in (self.observations, self.actions, self.rewards, self.terminals):
             crc = zlib.crc32(column, crc)  # columns are contiguous: no copy
-        return {"label": self.label, "source": self.source, "reason": self.reason, "n": len(self), "crc32": crc}
+        return {
+            "label": self.label,
+            "source": self.source,
+            "reason": self.reason,
+            "n": len(self),
+            "crc32": crc,
+        }
 
 
 class World:
@@ -65,11 +73,15 @@ class World:
         """Begin new episodes for those with the indices who (k,)."""
         raise NotImplementedError
 
-    def place(self, who: np.ndarray, qpos: np.ndarray, qvel: np.ndarray, rng: np.random.Generator) -> None:
+    def place(
+        self, who: np.ndarray, qpos: np.ndarray, qvel: np.ndarray, rng: np.random.Generator
+    ) -> None:
         """Put episodes into states: qpos (k, nq), qvel (k, nv), or one for all."""
         self.simulation.place(who, qpos, qvel)
 
-    def step(self, who: np.ndarray, actions: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    def step(
+        self, who: np.ndarray, actions: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
         """One environment step with actions (k, A), clipped to [-1, 1]. -> rewards (k,), whether an episode is terminated (k,)
 
         Raises TaskError for actions that are not finite or of another shape.
@@ -114,8 +126,12 @@ class Task:
     step_seconds: ClassVar[float]  # of simulated time in one environment step
 
     def __post_init__(self):
-        if not -np.inf < self.ref_min < self.ref_max < np.inf:  # NaN, which some of D4RL's own tasks have, included
-            raise TaskError(f"{self.name} has no reference scores ({self.ref_min}, {self.ref_max}): its returns cannot be normalised")
+        if (
+            not -np.inf < self.ref_min < self.ref_max < np.inf
+        ):  # NaN, which some of D4RL's own tasks have, included
+            raise TaskError(
+                f"{self.name} has no reference scores ({self.ref_min}, {self.ref_max}): its returns cannot be normalised"
+            )
 
     def normalized_score(self, returns: np.ndarray) -> np.ndarray:
         """D4RL's score: 0 for ref_min to 100 for ref_max."""
@@ -147,12 +163,17 @@ class Task:
         if n_episodes < 1:
             raise TaskError(f"an evaluation needs at least one episode, not {n_episodes}")
         rng, alive = np.random.default_rng(seed), np.arange(n_episodes)
-        rewards, lengths = np.zeros((self.episode_limit, n_episodes)), np.full(n_episodes, self.episode_limit)
+        rewards, lengths = (
+            np.zeros((self.episode_limit, n_episodes)),
+            np.full(n_episodes, self.episode_limit),
+        )
         terminated = np.zeros(n_episodes, bool)
         with self.world(n_episodes, n_threads) as world:
             world.reset(alive, rng)
             for t in range(self.episode_limit):
-                rewards[t, alive], over = world.step(alive, act(world.observations[alive].astype(np.float32)), rng)
+                rewards[t, alive], over = world.step(
+                    alive, act(world.observations[alive].astype(np.float32)), rng
+                )
                 terminated[alive[over]], lengths[alive[over]] = True, t + 1
                 alive = alive[~over]
                 if on_step is not None:
@@ -172,7 +193,9 @@ class Task:
             with written_whole(path) as temporary:
                 self._figure(episodes, title).savefig(temporary, dpi=120, format="png")
         except OSError as error:
-            raise TaskError(f"cannot write the picture {path}: {error.strerror or error}") from error
+            raise TaskError(
+                f"cannot write the picture {path}: {error.strerror or error}"
+            ) from error
 
     def _figure(self, episodes: Episodes, title: str) -> Figure:
         """Every episode's return so far, step by step, with a mark where it was terminated."""
@@ -183,14 +206,27 @@ class Task:
             total = np.concatenate([[0.0], np.cumsum(rewards)])
             axes.plot(total, color=LINE, linewidth=1.0, alpha=faint)
             if over:
-                axes.plot(len(rewards), total[-1], "o", color=END, markersize=4, markeredgecolor="white", markeredgewidth=0.5)
+                axes.plot(
+                    len(rewards),
+                    total[-1],
+                    "o",
+                    color=END,
+                    markersize=4,
+                    markeredgecolor="white",
+                    markeredgewidth=0.5,
+                )
         ended = f"terminated: {int(episodes.terminated.sum())} of {len(episodes.returns)}"
         axes.plot([], [], "o", color=END, markersize=4, label=ended)
-        if self.ref_max < 2 * max(episodes.returns.max(), 1e-9):  # where it is near enough to leave room for the rest
-            axes.axhline(self.ref_max, color=EXPERT, linewidth=0.8, linestyle="--", label="D4RL's expert")
+        if self.ref_max < 2 * max(
+            episodes.returns.max(), 1e-9
+        ):  # where it is near enough to leave room for the rest
+            axes.axhline(
+                self.ref_max, color=EXPERT, linewidth=0.8, linestyle="--", label="D4RL's expert"
+            )
         axes.legend(frameon=False, loc="upper left")
-        axes.set_title(title, fontsize=9)  # two lines, the second the data's name, must fit the width
+        axes.set_title(
+            title, fontsize=9
+        )  # two lines, the second the data's name, must fit the width
         axes.margins(x=0.01)
         axes.spines[["top", "right"]].set_visible(False)
         return figure
-

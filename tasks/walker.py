@@ -40,7 +40,9 @@ PAIR_SIGN = np.array([1.0, -1.0, 1.0, -1.0])  # the cosine of π·(i mod 2)
 
 STIFFNESS, DAMPING = 1.738, 0.15
 HIP = np.array([-1.8, -1.597, -0.874, 0.572, -0.177, -0.106])
-ANKLE = np.array([1.176, 0.269, 1.28, -0.775, 2.343, 0.876, 1.119, 0.006, 0.516, 1.413, -0.258, -0.27, 0.148])
+ANKLE = np.array(
+    [1.176, 0.269, 1.28, -0.775, 2.343, 0.876, 1.119, 0.006, 0.516, 1.413, -0.258, -0.27, 0.148]
+)
 PHASE_ADVANCE = 0.1
 PHASE = np.array([  # rows: the terms of gait_phase; columns: cosine and sine
     [-0.28, 0.435], [0.01, 0.009], [0.238, -0.038], [0.001, -0.029], [-0.47, -0.384], [-0.015, 0.01],
@@ -74,7 +76,9 @@ def walk(qpos: np.ndarray, qvel: np.ndarray, direction: np.ndarray) -> np.ndarra
     ankle_target = lift + push + sidestep + balance + height
 
     actions = np.empty((len(qpos), 8))
-    actions[:, HIP_ACTUATOR] = STIFFNESS * (np.clip(hip_target, -0.52, 0.52) - hip) - DAMPING * hip_speed
+    actions[:, HIP_ACTUATOR] = (
+        STIFFNESS * (np.clip(hip_target, -0.52, 0.52) - hip) - DAMPING * hip_speed
+    )
     ankle_torque = STIFFNESS * (np.clip(ankle_target, 0.4, 1.3) - ankle) - DAMPING * ankle_speed
     actions[:, HIP_ACTUATOR + 1] = ANKLE_SIGN * ankle_torque
     return np.clip(actions, -1, 1)
@@ -83,7 +87,9 @@ def walk(qpos: np.ndarray, qvel: np.ndarray, direction: np.ndarray) -> np.ndarra
 def turn_into_yaw_frame(vectors: np.ndarray, yaw: np.ndarray) -> np.ndarray:
     """Plane vectors (n, 2) of the world, seen from frames turned by yaw (n,)."""
     c, s = np.cos(yaw), np.sin(yaw)
-    return np.stack([c * vectors[:, 0] + s * vectors[:, 1], c * vectors[:, 1] - s * vectors[:, 0]], axis=1)
+    return np.stack(
+        [c * vectors[:, 0] + s * vectors[:, 1], c * vectors[:, 1] - s * vectors[:, 0]], axis=1
+    )
 
 
 def gait_phase(command_r, command_t, hip, hip_speed, ankle, ankle_speed) -> np.ndarray:

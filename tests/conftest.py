@@ -9,7 +9,9 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, and triton defines some when imported
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # read when a kernel is defined, and triton defines some when imported
+    )
 
 import torch._dynamo  # noqa: E402, F401  brings triton where it is installed: its LLVM crashes if Mesa's OpenGL came first
 
@@ -17,7 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-torch.set_num_threads(1)  # the nets here are small: on a busy machine a second thread is waited for, not helped by
+torch.set_num_threads(
+    1
+)  # the nets here are small: on a busy machine a second thread is waited for, not helped by
 
 
 def pytest_configure(config):
@@ -41,7 +45,10 @@ if torch.cuda.is_available():
             torch.cuda.synchronize()
         except RuntimeError as e:
             if "PYTEST_XDIST_WORKER" not in os.environ:
-                pytest.exit(f"after {request.node.nodeid} the GPU is lost to this process: {e}", returncode=1)
+                pytest.exit(
+                    f"after {request.node.nodeid} the GPU is lost to this process: {e}",
+                    returncode=1,
+                )
             os._exit(1)  # xdist reports the test and replaces this worker
 
 
@@ -55,7 +62,10 @@ def cuda_graphs(monkeypatch):
 
 
 # The cut travels with the repository; the whole file, where somebody has it, lies beside the repository.
-ORACLES = {"cut": ROOT / "tests/data/oracle.npz", "full": ROOT.parent / "shared/oracle/released.npz"}
+ORACLES = {
+    "cut": ROOT / "tests/data/oracle.npz",
+    "full": ROOT.parent / "shared/oracle/released.npz",
+}
 
 
 class Oracle:

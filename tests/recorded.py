@@ -15,7 +15,12 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import GridExecutor
 
 aten = torch.ops.aten
-WAITS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default, aten.masked_select.default}
+WAITS = {
+    aten._local_scalar_dense.default,
+    aten.nonzero.default,
+    aten.equal.default,
+    aten.masked_select.default,
+}
 capturing: list = []  # the graph that is being captured
 current_device: list = [0]  # the last one is current
 current_stream: list = []  # likewise; if empty, each device's default stream
@@ -58,7 +63,9 @@ def repeat(func, args, kwargs, before):
 class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in WAITS:
-            raise RuntimeError(f"{func} waits for the device, which is not permitted when a stream is capturing")
+            raise RuntimeError(
+                f"{func} waits for the device, which is not permitted when a stream is capturing"
+            )
         graph, kwargs = capturing[-1], kwargs or {}
         known = storages((args, kwargs))
         out = func(*args, **kwargs)
@@ -82,7 +89,9 @@ def capture(graph, pool=None, stream=None):
     assert not pools, "an earlier capture that failed has not been cleaned up"
     pools.append(pool)
     assert stream is not None, "torch would capture on the device of the process's first capture"
-    assert stream.device == current_device[-1], "the capture is on another device than the current one"
+    assert stream.device == current_device[-1], (
+        "the capture is on another device than the current one"
+    )
     capturing.append(graph)
     current_stream.append(stream)
     broken = False
@@ -124,7 +133,9 @@ def on_stream(stream):
 
 def make_stream(device=None):
     where = current_device[-1] if device is None else torch.device(device).index or 0
-    return SimpleNamespace(device=where, wait_stream=lambda other: None, synchronize=lambda: synchronized.append(where))
+    return SimpleNamespace(
+        device=where, wait_stream=lambda other: None, synchronize=lambda: synchronized.append(where)
+    )
 
 
 def get_stream(device=None):
@@ -153,7 +164,12 @@ def install(monkeypatch) -> None:
     """From now on, until monkeypatch undoes it, there seems to be a GPU that can capture; tensors stay on the CPU."""
     for state in (capturing, current_stream, synchronized, pools, refusing):
         state.clear()
-    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda device, pool: pools and pools.remove(pool), raising=False)
+    monkeypatch.setattr(
+        torch._C,
+        "_cuda_endAllocateToPool",
+        lambda device, pool: pools and pools.remove(pool),
+        raising=False,
+    )
     for name, stub in {
         "is_available": lambda: True, "is_current_stream_capturing": lambda: bool(capturing), "synchronize": lambda *_: None,
         "CUDAGraph": Graph, "graph": capture, "device": on_device, "Stream": make_stream, "current_stream": get_stream,
@@ -162,5 +178,11 @@ def install(monkeypatch) -> None:
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, stub)
     for name in ("zeros", "empty_like"):  # memory of the host is never pinned without a GPU
-        monkeypatch.setattr(torch, name, lambda *args, pin_memory=False, real=getattr(torch, name), **kwargs: real(*args, **kwargs))
+        monkeypatch.setattr(
+            torch,
+            name,
+            lambda *args, pin_memory=False, real=getattr(torch, name), **kwargs: real(
+                *args, **kwargs
+            ),
+        )
     monkeypatch.setattr(GridExecutor, "__call__", record_launch)

@@ -35,7 +35,13 @@ from kernels.packing import HIDDEN_DIMS, PRECISIONS  # noqa: E402
 from kernels.tiles import choose_actor_tile  # noqa: E402
 
 # states, candidates, state, action, hidden, T. Enough states that an error is not one number's luck.
-SIZES = [(4, 50, 29, 8, 128, 2), (6, 17, 11, 3, 256, 2), (3, 65, 17, 6, 128, 1), (24, 1, 60, 9, 128, 2), (6, 3, 45, 24, 512, 1)]
+SIZES = [
+    (4, 50, 29, 8, 128, 2),
+    (6, 17, 11, 3, 256, 2),
+    (3, 65, 17, 6, 128, 1),
+    (24, 1, 60, 9, 128, 2),
+    (6, 3, 45, 24, 512, 1),
+]
 
 
 def make_gumbel(n_states, n_candidates, seed=2):
@@ -55,24 +61,33 @@ def assert_decisions_are_right(sizes, precision, gain, size, limit):
     critic = make_critic(state_dim, action_dim, hidden_dim=hidden_dim, gain=gain)
     state, x_T, noises, gumbel = make_inputs(policy, n_states, n_candidates)
     actor = FusedActor(policy, critic, n_candidates, precision)
-    action = actor(state, x_T, noises, gumbel, tile=actor_tile(size, n_candidates, precision, hidden_dim))
+    action = actor(
+        state, x_T, noises, gumbel, tile=actor_tile(size, n_candidates, precision, hidden_dim)
+    )
 
     repeated = state.repeat_interleave(n_candidates, 0)
     expected = exact(policy, repeated, x_T, noises)
     eager = error(eager_at(policy, precision, repeated, x_T, noises), expected)
     assert error(actor.candidates, expected) <= limit * eager
     # The critic is judged on the fused candidates, or it would inherit their error.
-    exact_q = torch.minimum(*copy.deepcopy(critic).double()(repeated.double(), actor.candidates.double()))[:, 0]
+    exact_q = torch.minimum(
+        *copy.deepcopy(critic).double()(repeated.double(), actor.candidates.double())
+    )[:, 0]
     eager = error(critic_at(critic, precision, repeated, actor.candidates), exact_q)
     assert error(actor.values, exact_q) <= limit * eager
     best = (actor.values.view(n_states, n_candidates) + gumbel).argmax(1)
-    assert torch.equal(action, actor.candidates.view(n_states, n_candidates, -1)[torch.arange(n_states), best])
+    assert torch.equal(
+        action, actor.candidates.view(n_states, n_candidates, -1)[torch.arange(n_states), best]
+    )
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(
     "sizes, gain, size",
-    [*((sizes, 1.0, "small") for sizes in SIZES), *((sizes, *how) for sizes in SIZES[1:3] for how in ((3.0, "small"), (1.0, "large")))],
+    [
+        *((sizes, 1.0, "small") for sizes in SIZES),
+        *((sizes, *how) for sizes in SIZES[1:3] for how in ((3.0, "small"), (1.0, "large"))),
+    ],
 )
 def test_candidates_and_values_err_no_more_than_allowed(sizes, precision, gain, size):
     assert_decisions_are_right(sizes, precision, gain, size, allowed(precision, DEVICE == "cuda"))
@@ -135,9 +150,13 @@ def test_a_choice_is_the_argmax_of_value_and_drawn_gumbel_noise():
     for call in range(2):
         action = actor(state)
         values = actor.values.view(n_states, n)
-        gumbel = drawn_gumbels(n_states * n, seed=3, call=call, step=policy.n_timesteps + 1).view(n_states, n)
+        gumbel = drawn_gumbels(n_states * n, seed=3, call=call, step=policy.n_timesteps + 1).view(
+            n_states, n
+        )
         best = (values + gumbel).argmax(1)
-        assert torch.equal(action, actor.candidates.view(n_states, n, -1)[torch.arange(n_states), best])
+        assert torch.equal(
+            action, actor.candidates.view(n_states, n, -1)[torch.arange(n_states), best]
+        )
         unmoved += int((best == values.argmax(1)).sum())
     assert unmoved < 2 * n_states, "the noise never mattered"
 
@@ -146,7 +165,9 @@ def test_values_with_drawn_gumbel_noise_are_picked_as_often_as_softmax_says():
     q, n = torch.tensor([0.0, -1.0, 2.0, 0.5], device=DEVICE), 1 << 13
     counts = torch.bincount((q + drawn_gumbels(4 * n).view(n, 4)).argmax(1), minlength=4)
     expected = n * torch.softmax(q.double(), 0)
-    assert ((counts - expected) ** 2 / expected).sum() < 16.27, f"{counts.tolist()}, expected {expected.tolist()}"  # 0.1 %
+    assert ((counts - expected) ** 2 / expected).sum() < 16.27, (
+        f"{counts.tolist()}, expected {expected.tolist()}"
+    )  # 0.1 %
 
 
 def test_draws_do_not_depend_on_the_tile_nor_on_how_many_states_there_are():
@@ -166,14 +187,19 @@ def test_calls_differ_and_a_seed_repeats():
     first, second = actor(state), actor(state)
     assert (first - second).abs().mean() > 0.05
     assert torch.equal(actor(state, seed=3), actor(state, seed=3))
-    assert torch.equal(FusedActor(policy, critic, 10)(state), first)  # the first call of an actor of the same seed
+    assert torch.equal(
+        FusedActor(policy, critic, 10)(state), first
+    )  # the first call of an actor of the same seed
 
 
 def test_every_action_is_written_and_nothing_past_the_end():
     policy, critic = make_policy(17, 6), make_critic(17, 6)
     actor = FusedActor(policy, critic, 20)
     memory = torch.full((9, 6), math.nan, device=DEVICE)
-    actor.candidates, actor.values = torch.full((100, 6), math.nan, device=DEVICE), torch.full((100,), math.nan, device=DEVICE)
+    actor.candidates, actor.values = (
+        torch.full((100, 6), math.nan, device=DEVICE),
+        torch.full((100,), math.nan, device=DEVICE),
+    )
     actor.done = torch.zeros(5, dtype=torch.int32, device=DEVICE)
     actor(make_noise(policy, 3)[0], out=memory[2:5])
     assert memory[2:5].isfinite().all() and memory[:2].isnan().all() and memory[5:].isnan().all()
@@ -201,12 +227,23 @@ def test_updates_of_an_agent_reach_its_actor():
     actor = FusedActor(agent.policy, agent.critic_target, 10, "fp32")
     actor(state, x_T, noises, gumbel)
     before = actor.candidates.clone()
-    batch = torch.randn(32, 11), torch.rand(32, 3), torch.randn(32, 11), torch.randn(32, 1), torch.ones(32, 1)
+    batch = (
+        torch.randn(32, 11),
+        torch.rand(32, 3),
+        torch.randn(32, 11),
+        torch.randn(32, 1),
+        torch.ones(32, 1),
+    )
     agent.update([x.to(DEVICE) for x in batch])
     actor(state, x_T, noises, gumbel)
     assert not torch.equal(actor.candidates, before)
     repeated = state.repeat_interleave(10, 0)
-    torch.testing.assert_close(actor.candidates, agent.policy.sample(repeated, x_T=x_T, noises=noises).detach(), rtol=0, atol=2e-5)
+    torch.testing.assert_close(
+        actor.candidates,
+        agent.policy.sample(repeated, x_T=x_T, noises=noises).detach(),
+        rtol=0,
+        atol=2e-5,
+    )
     q = torch.minimum(*agent.critic_target(repeated, actor.candidates))[:, 0]
     torch.testing.assert_close(actor.values, q, rtol=1e-5, atol=1e-5)
 
@@ -220,9 +257,13 @@ def test_a_value_that_is_not_a_number_gives_an_action_that_is_not_and_spares_oth
     assert action[[0, 2]].isfinite().all()
 
 
-@pytest.mark.parametrize("n_states, n_candidates", [(1, 1), (1, 50), (100, 50), (4096, 50), (4096, 200)])
+@pytest.mark.parametrize(
+    "n_states, n_candidates", [(1, 1), (1, 50), (100, 50), (4096, 50), (4096, 200)]
+)
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_programs_rows_belong_to_one_state_so_there_are_at_most_64(n_states, n_candidates, precision):
+def test_a_programs_rows_belong_to_one_state_so_there_are_at_most_64(
+    n_states, n_candidates, precision
+):
     for arch in (80, 90, 100):
         for hidden_dim in HIDDEN_DIMS:
             assert choose_actor_tile(n_states, n_candidates, precision, arch, hidden_dim).rows <= 64
@@ -276,15 +317,31 @@ torch.cuda.synchronize()
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not shutil.which("compute-sanitizer"), reason="compute-sanitizer is not installed")
+@pytest.mark.skipif(
+    not shutil.which("compute-sanitizer"), reason="compute-sanitizer is not installed"
+)
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_compute_sanitizer_finds_nothing(tool):
     # Errors of the API are not the kernels': torch probes for what a driver may lack.
     options = ["--report-api-errors", "no"] if tool == "memcheck" else []
-    command = ["compute-sanitizer", "--tool", tool, *options, "--error-exitcode", "3", sys.executable, "-c", SANITIZED]
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that each tensor has bounds of its own
+    command = [
+        "compute-sanitizer",
+        "--tool",
+        tool,
+        *options,
+        "--error-exitcode",
+        "3",
+        sys.executable,
+        "-c",
+        SANITIZED,
+    ]
+    environment = os.environ | {
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"
+    }  # so that each tensor has bounds of its own
     try:
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110)
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110
+        )
     except subprocess.TimeoutExpired:
         pytest.skip("compute-sanitizer was not done after 110 s")
     assert done.returncode == 0, done.stdout[-3000:]

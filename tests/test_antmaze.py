@@ -11,7 +11,16 @@ from gymnasium.utils.env_checker import check_env
 
 import tasks
 from tasks import TaskError
-from tasks.antmaze import MAZES, AntBatch, MazeEpisodes, build_model, cell_xy, free_cells, sample_goals, sample_states
+from tasks.antmaze import (
+    MAZES,
+    AntBatch,
+    MazeEpisodes,
+    build_model,
+    cell_xy,
+    free_cells,
+    sample_goals,
+    sample_states,
+)
 from tasks.antmaze_env import AntMazeEnv
 
 NAMES = [
@@ -80,7 +89,16 @@ def test_model_has_d4rls_constants():
     np.testing.assert_array_equal(model.actuator_ctrlrange, [[-30.0, 30.0]] * 8)
     np.testing.assert_array_equal(model.geom_solimp[:, :3], [[0.8, 0.8, 0.01]] * model.ngeom)
     joints = [model.joint(model.actuator_trnid[i, 0]).name for i in range(8)]
-    assert joints == ["hip_4", "ankle_4", "hip_1", "ankle_1", "hip_2", "ankle_2", "hip_3", "ankle_3"]
+    assert joints == [
+        "hip_4",
+        "ankle_4",
+        "hip_1",
+        "ankle_1",
+        "hip_2",
+        "ankle_2",
+        "hip_3",
+        "ankle_3",
+    ]
     assert (model.nq, model.nv, model.nu) == (15, 14, 8)
     assert model.qpos0[2] == 0.75
 
@@ -140,7 +158,9 @@ def test_every_task_is_registered_with_its_limit(name):
     task = tasks.get(name)
     assert env.spec.max_episode_steps == task.episode_limit == (700 if "umaze" in name else 1000)
     assert env.unwrapped.maze == task.maze and task.diverse == ("diverse" in name)
-    assert env.observation_space.shape == (task.state_dim,) and env.action_space.shape == (task.action_dim,)
+    assert env.observation_space.shape == (task.state_dim,) and env.action_space.shape == (
+        task.action_dim,
+    )
 
 
 def test_gymnasium_finds_nothing_wrong_with_the_environment():
@@ -191,7 +211,9 @@ def test_seed_decides_the_episode_and_the_goal_stays_between_resets():
     assert not np.array_equal(first, second)
 
 
-@pytest.mark.parametrize("bad", [np.full(8, np.nan), np.full(8, np.inf), np.zeros(7), np.zeros((1, 8)), 0.0])
+@pytest.mark.parametrize(
+    "bad", [np.full(8, np.nan), np.full(8, np.inf), np.zeros(7), np.zeros((1, 8)), 0.0]
+)
 def test_a_bad_action_is_refused_in_one_line(bad):
     env = AntMazeEnv("umaze")
     env.reset(seed=0)
@@ -317,7 +339,9 @@ def test_an_episode_ends_at_its_goal_and_is_no_longer_stepped(monkeypatch):
     task = tasks.get("antmaze-umaze-v0")
     task = type(task)(**{**vars(task), "episode_limit": 8})
     far, here = [0.0, 8.0], [0.0, 0.0]
-    monkeypatch.setattr("tasks.antmaze.sample_goals", lambda maze, n, rng: np.array([far, here, far, here]))
+    monkeypatch.setattr(
+        "tasks.antmaze.sample_goals", lambda maze, n, rng: np.array([far, here, far, here])
+    )
     seen, left = [], []
     episodes = task.evaluate(
         lambda observations: seen.append(len(observations)) or np.zeros((len(observations), 8)),
@@ -333,7 +357,9 @@ def test_an_episode_ends_at_its_goal_and_is_no_longer_stepped(monkeypatch):
     np.testing.assert_allclose(task.normalized_score(episodes.returns.mean()), 50.0)
 
 
-@pytest.mark.parametrize("bad", [lambda o: np.full((len(o), 8), np.nan), lambda o: np.zeros((len(o), 7))])
+@pytest.mark.parametrize(
+    "bad", [lambda o: np.full((len(o), 8), np.nan), lambda o: np.zeros((len(o), 7))]
+)
 def test_an_evaluation_refuses_bad_actions(bad):
     with pytest.raises(TaskError):
         tasks.get("antmaze-umaze-v0").evaluate(bad, 2, seed=0)
@@ -341,7 +367,9 @@ def test_an_evaluation_refuses_bad_actions(bad):
 
 def test_score_is_the_percentage_of_goals_reached():
     task = tasks.get("antmaze-large-play-v0")
-    np.testing.assert_allclose(task.normalized_score(np.array([0.0, 0.25, 1.0])), [0.0, 25.0, 100.0])
+    np.testing.assert_allclose(
+        task.normalized_score(np.array([0.0, 0.25, 1.0])), [0.0, 25.0, 100.0]
+    )
 
 
 def test_names_are_d4rls_and_an_unknown_one_gets_the_nearest():
@@ -362,7 +390,11 @@ def test_paths_are_drawn_to_a_file_that_is_whole_or_not_there(tmp_path):
     task.draw(episodes, tmp_path / "paths.png", "three straight lines")
     picture = imageio.imread(tmp_path / "paths.png")[..., :3].astype(int)
     assert min(picture.shape[:2]) > 500
-    for colour in ((0x8D, 0x99, 0xAE), (0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)):  # wall, success, failure
+    for colour in (
+        (0x8D, 0x99, 0xAE),
+        (0x00, 0x72, 0xB2),
+        (0xD5, 0x5E, 0x00),
+    ):  # wall, success, failure
         assert (np.abs(picture - colour).max(axis=-1) < 12).sum() > 20
     assert [file.name for file in tmp_path.iterdir()] == ["paths.png"]
     with pytest.raises(TaskError, match="cannot write"):

@@ -130,7 +130,9 @@ def transitions_of(data):
 
 def test_trying_the_fused_update_changes_nothing(data, few_programs):
     agents = tiny_agents(2)
-    before = [{name: value.clone() for name, value in agent.state_dict().items()} for agent in agents]
+    before = [
+        {name: value.clone() for name, value in agent.state_dict().items()} for agent in agents
+    ]
     backends.make_updates("fused", Options(batch_size=8), agents, transitions_of(data))
     for agent, state in zip(agents, before):
         for name, value in agent.state_dict().items():
@@ -149,7 +151,9 @@ def test_a_fused_update_that_is_wrong_is_refused(data, few_programs, monkeypatch
         backends.make_updates("fused", Options(batch_size=8), tiny_agents(), transitions_of(data))
 
 
-def test_a_backend_that_cannot_be_captured_leaves_agents_as_they_were(data, few_programs, cuda_graphs, monkeypatch):
+def test_a_backend_that_cannot_be_captured_leaves_agents_as_they_were(
+    data, few_programs, cuda_graphs, monkeypatch
+):
     """So the next slower one trains what was to be trained."""
     agents, whole = tiny_agents(), few_programs.FusedUpdate
     before = {name: value.clone() for name, value in agents[0].state_dict().items()}
@@ -185,22 +189,33 @@ def test_auto_takes_the_next_slower_backend_with_a_line_that_says_why(monkeypatc
     monkeypatch.setattr(backends, "make_updates", make)
     assert backends.choose_updates(Options(), [OnGPU()], None) == "eager"
     lines = capsys.readouterr().out.splitlines()
-    assert lines == ["updates will not be fused: fused is broken", "updates will not be graph: graph is broken"]
+    assert lines == [
+        "updates will not be fused: fused is broken",
+        "updates will not be graph: graph is broken",
+    ]
     for backend in ("fused", "compile"):
-        with pytest.raises(UserError, match=f"--backend {backend} is not available: {backend} is broken$"):
+        with pytest.raises(
+            UserError, match=f"--backend {backend} is not available: {backend} is broken$"
+        ):
             backends.choose_updates(Options(backend=backend), [OnGPU()], None)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_backends_that_this_machine_cannot_have_are_refused_by_name(tmp_path, data, capsys, monkeypatch):
+def test_backends_that_this_machine_cannot_have_are_refused_by_name(
+    tmp_path, data, capsys, monkeypatch
+):
     pytest.importorskip("triton", reason="triton has no package for this platform")
     import kernels
 
     arguments = [*TINY, "--data", data, "--out", str(tmp_path)]
     assert dql.main([*arguments, "--backend", "graph"]) == 1
-    assert "--backend graph is not available: CUDA graphs need a CUDA GPU" in capsys.readouterr().err
+    assert (
+        "--backend graph is not available: CUDA graphs need a CUDA GPU" in capsys.readouterr().err
+    )
     assert dql.main([*arguments, "--backend", "fused"]) == 1
-    assert "--backend fused is not available: hidden_dim 16 is not one of" in capsys.readouterr().err
+    assert (
+        "--backend fused is not available: hidden_dim 16 is not one of" in capsys.readouterr().err
+    )
     monkeypatch.setattr(kernels, "why_not", lambda: "no CUDA GPU was found")
     assert dql.main([*arguments, "--backend", "fused"]) == 1
     assert "--backend fused is not available: no CUDA GPU" in capsys.readouterr().err
@@ -213,7 +228,9 @@ def test_backends_that_this_machine_cannot_have_are_refused_by_name(tmp_path, da
 def test_compiled_updates_are_the_eager_ones(data):
     agents = [dql.DiffusionBC(29, 8, hidden_dim=16, n_timesteps=1) for _ in range(2)]
     for agent, backend in zip(agents, ("eager", "compile")):
-        updates = backends.make_updates(backend, Options(batch_size=8), [agent], transitions_of(data))
+        updates = backends.make_updates(
+            backend, Options(batch_size=8), [agent], transitions_of(data)
+        )
         means = updates.run(2)
     assert agents[1].step == 2 and set(means[0]) == {"bc_loss", "actor_grad_norm"}
     states = [agent.policy.state_dict() for agent in agents]

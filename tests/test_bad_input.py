@@ -38,7 +38,9 @@ def refused(capsys, *options) -> str:
     capsys.readouterr()
     assert dql.main([str(o) for o in options]) == 1
     stderr = capsys.readouterr().err
-    assert stderr.startswith("error: ") and stderr.count("\n") == 1 and stderr.endswith("\n"), stderr
+    assert stderr.startswith("error: ") and stderr.count("\n") == 1 and stderr.endswith("\n"), (
+        stderr
+    )
     return stderr.rstrip()
 
 
@@ -47,7 +49,9 @@ def stopped(capsys, *options) -> str:
     capsys.readouterr()
     assert dql.main([str(o) for o in options]) == 1
     *bars, line = re.split("[\r\n]+", capsys.readouterr().err.rstrip("\n"))
-    assert line.startswith("error: ") and not any("Traceback" in bar or "error" in bar for bar in bars)
+    assert line.startswith("error: ") and not any(
+        "Traceback" in bar or "error" in bar for bar in bars
+    )
     return line
 
 
@@ -126,7 +130,9 @@ def test_a_number_no_run_can_have_is_refused(capsys, option, value):
     assert option in refused(capsys, f"{option}={value}")
 
 
-@pytest.mark.parametrize("options", [["--epochs", "many"], ["--no-such-option"], ["--env"], ["stray"], ["--quick=3"]])
+@pytest.mark.parametrize(
+    "options", [["--epochs", "many"], ["--no-such-option"], ["--env"], ["stray"], ["--quick=3"]]
+)
 def test_a_command_line_that_cannot_be_read_exits_non_zero(capsys, options):
     with pytest.raises(SystemExit) as end:
         dql.main(options)
@@ -136,7 +142,9 @@ def test_a_command_line_that_cannot_be_read_exits_non_zero(capsys, options):
 
 @pytest.mark.parametrize("device", ["nonsense", "cuda:99", "meta", ""])
 def test_a_device_that_cannot_be_used_is_refused(capsys, tmp_path, data, device):
-    message = refused(capsys, *TINY, "--data", data, "--out", tmp_path / "runs", f"--device={device}")
+    message = refused(
+        capsys, *TINY, "--data", data, "--out", tmp_path / "runs", f"--device={device}"
+    )
     assert "--device" in message
     assert not (tmp_path / "runs").exists()
 
@@ -161,17 +169,25 @@ def test_an_empty_name_of_a_run_does_not_start_a_new_one(capsys, tmp_path, optio
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_folder_for_runs_that_cannot_be_made_is_noticed_before_the_data_are_read(capsys, tmp_path, data):
+def test_a_folder_for_runs_that_cannot_be_made_is_noticed_before_the_data_are_read(
+    capsys, tmp_path, data
+):
     (tmp_path / "file").touch()
-    message = refused(capsys, *TINY, "--data", "no such file.hdf5", "--out", tmp_path / "file" / "runs")
+    message = refused(
+        capsys, *TINY, "--data", "no such file.hdf5", "--out", tmp_path / "file" / "runs"
+    )
     assert str(tmp_path / "file") in message and "--out" in message
 
 
 def test_an_export_takes_a_run_and_a_file(capsys, tmp_path, finished):
     assert "--export runs/NAME policy.pt2" in refused(capsys, "--export", finished)
-    assert "exclude each other" in refused(capsys, "--export", finished, tmp_path / "policy.pt2", "--eval", finished)
+    assert "exclude each other" in refused(
+        capsys, "--export", finished, tmp_path / "policy.pt2", "--eval", finished
+    )
     assert ".pt2" in refused(capsys, "--export", finished, tmp_path / "policy.onnx")
-    assert str(tmp_path / "run") in refused(capsys, "--export", tmp_path / "run", tmp_path / "policy.pt2")
+    assert str(tmp_path / "run") in refused(
+        capsys, "--export", tmp_path / "run", tmp_path / "policy.pt2"
+    )
     assert not (tmp_path / "policy.pt2").exists()
 
 
@@ -210,7 +226,9 @@ def missing(path):
     pass
 
 
-@pytest.mark.parametrize("make", [missing, text, truncated, another_tasks_shape, with_nan, outside_the_box])
+@pytest.mark.parametrize(
+    "make", [missing, text, truncated, another_tasks_shape, with_nan, outside_the_box]
+)
 def test_unusable_data_are_refused_before_a_run_is_begun(capsys, tmp_path, make):
     path = tmp_path / "bad.hdf5"
     make(path)
@@ -238,13 +256,17 @@ def test_d4rl_without_file_or_network_is_refused_and_not_substituted(capsys, tmp
 def test_a_d4rl_folder_that_cannot_be_written_is_named(capsys, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "file" / "below"))
-    assert str(tmp_path / "file") in refused(capsys, *TINY, "--data", "d4rl", "--out", tmp_path / "runs")
+    assert str(tmp_path / "file") in refused(
+        capsys, *TINY, "--data", "d4rl", "--out", tmp_path / "runs"
+    )
 
 
 def test_a_cache_folder_that_cannot_be_written_is_named(capsys, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert str(tmp_path / "file") in refused(capsys, *TINY, "--data", "generated", "--out", tmp_path / "runs")
+    assert str(tmp_path / "file") in refused(
+        capsys, *TINY, "--data", "generated", "--out", tmp_path / "runs"
+    )
 
 
 @pytest.mark.parametrize("how", ["normalize", "iql_locomotion"])
@@ -252,7 +274,9 @@ def test_rewards_that_cannot_be_scaled_are_refused(capsys, tmp_path, how):
     path = write_hdf5(tmp_path / "tiny.hdf5")
     with h5py.File(path, "r+") as file:
         file["rewards"][:] = 0
-    assert "--reward-tune" in stopped(capsys, *TINY, "--data", path, "--out", tmp_path / "runs", "--reward-tune", how)
+    assert "--reward-tune" in stopped(
+        capsys, *TINY, "--data", path, "--out", tmp_path / "runs", "--reward-tune", how
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -267,7 +291,9 @@ def test_a_run_folder_that_cannot_be_written_is_named(capsys, tmp_path, data):
 
 @pytest.mark.parametrize("nth", [3, 4], ids=["the state", "a kept checkpoint"])
 @pytest.mark.parametrize("what", ["save_file", "replace"])
-def test_a_disk_full_while_saving_leaves_the_last_state(capsys, tmp_path, data, monkeypatch, no_pictures, what, nth):
+def test_a_disk_full_while_saving_leaves_the_last_state(
+    capsys, tmp_path, data, monkeypatch, no_pictures, what, nth
+):
     monkeypatch.setattr(loop, "SAVE_SECONDS", -1)
     straight = train(data, tmp_path / "straight")
 
@@ -281,7 +307,9 @@ def test_a_disk_full_while_saving_leaves_the_last_state(capsys, tmp_path, data, 
         message = stopped(capsys, *TINY, "--data", data, "--out", tmp_path / "runs")
     assert "No space left" in message and "untouched" in message
     run = the_run(tmp_path / "runs")
-    assert int(load_file(run / "resume.safetensors")["step"]) == (5 if nth - (what == "replace") == 3 else 10)
+    assert int(load_file(run / "resume.safetensors")["step"]) == (
+        5 if nth - (what == "replace") == 3 else 10
+    )
     assert not list(run.rglob("*.part"))
     assert dql.main(["--resume", str(run)]) == 0
     assert_same_run(run, straight)
@@ -295,7 +323,9 @@ def test_resuming_what_is_no_run_is_refused(capsys, tmp_path):
     assert str(tmp_path / "file") in refused(capsys, "--resume", tmp_path / "file")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"config": {"no_such_field": 1}}', '{"config": 3}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", '{"config": {"no_such_field": 1}}', '{"config": 3}']
+)
 @pytest.mark.parametrize("option", ["--resume", "--eval"])
 def test_a_config_that_cannot_be_read_is_named(capsys, run, option, content):
     (run / "config.json").write_text(content)
@@ -337,10 +367,16 @@ def without_a_network(tensors):
 
 
 def networks_alone(tensors):
-    return {k: v for k, v in tensors.items() if k.startswith(("policy.", "policy_ema.", "critic.", "critic_target."))}
+    return {
+        k: v
+        for k, v in tensors.items()
+        if k.startswith(("policy.", "policy_ema.", "critic.", "critic_target."))
+    }
 
 
-@pytest.mark.parametrize("change", [of_another_size, without_the_step, without_a_network, networks_alone])
+@pytest.mark.parametrize(
+    "change", [of_another_size, without_the_step, without_a_network, networks_alone]
+)
 def test_a_checkpoint_that_does_not_fit_is_refused_and_kept(capsys, run, change):
     path = run / "resume.safetensors"
     save_file({k: v.contiguous().clone() for k, v in change(load_file(path)).items()}, path)
@@ -361,7 +397,15 @@ def test_resuming_on_other_data_is_refused(capsys, run):
 
 @pytest.mark.parametrize(
     "option",
-    ["--eta 3", "--env antmaze-large-play-v0", "--epochs 8", "--seed 1", "--algo bc", "--data other.hdf5", "--quick"],
+    [
+        "--eta 3",
+        "--env antmaze-large-play-v0",
+        "--epochs 8",
+        "--seed 1",
+        "--algo bc",
+        "--data other.hdf5",
+        "--quick",
+    ],
 )
 def test_resuming_with_another_option_is_refused(capsys, run, option):
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
@@ -373,7 +417,9 @@ def test_resuming_with_the_same_option_spelt_out_is_fine(run, no_pictures):
     assert dql.main(["--resume", str(run), "--env", ENV, "--epochs", "4"]) == 0
 
 
-@pytest.mark.parametrize("option", [("--hidden-dim", 32), ("--algo", "bc"), ("--env", "antmaze-large-play-v0")])
+@pytest.mark.parametrize(
+    "option", [("--hidden-dim", 32), ("--algo", "bc"), ("--env", "antmaze-large-play-v0")]
+)
 def test_evaluating_with_what_a_run_was_not_trained_with_is_refused(capsys, run, option):
     assert f"another {option[0]}" in refused(capsys, "--eval", run, *option)
 
@@ -397,7 +443,9 @@ def test_a_full_memory_says_what_would_take_less(capsys, tmp_path, data, monkeyp
 
 
 def act_with(monkeypatch, value):
-    monkeypatch.setattr(dql.DiffusionQL, "act", lambda self, states, *_, **__: np.full((len(states), 8), value))
+    monkeypatch.setattr(
+        dql.DiffusionQL, "act", lambda self, states, *_, **__: np.full((len(states), 8), value)
+    )
 
 
 def test_actions_outside_the_box_are_clipped(tmp_path, data, monkeypatch, no_pictures):
@@ -407,7 +455,9 @@ def test_actions_outside_the_box_are_clipped(tmp_path, data, monkeypatch, no_pic
     assert records(far) == records(train(data, tmp_path / "edge"))
 
 
-def test_an_action_that_is_not_a_number_stops_the_evaluation(capsys, tmp_path, data, run, monkeypatch, no_pictures):
+def test_an_action_that_is_not_a_number_stops_the_evaluation(
+    capsys, tmp_path, data, run, monkeypatch, no_pictures
+):
     act_with(monkeypatch, np.nan)
     assert "NaN" in stopped(capsys, *TINY, "--data", data, "--out", tmp_path / "new")
     assert "NaN" in stopped(capsys, "--eval", run)
@@ -425,7 +475,9 @@ def test_broken_networks_are_told_from_good_ones_when_evaluated(capsys, run, alg
     stopped(capsys, "--eval", run, "--algo", algo)
 
 
-def test_a_loss_that_turns_nan_keeps_the_last_good_checkpoint(capsys, tmp_path, data, monkeypatch, no_pictures):
+def test_a_loss_that_turns_nan_keeps_the_last_good_checkpoint(
+    capsys, tmp_path, data, monkeypatch, no_pictures
+):
     monkeypatch.setattr(loop, "SAVE_SECONDS", -1)
     whole, count = dql.DiffusionQL.update, 0
 
@@ -433,7 +485,11 @@ def test_a_loss_that_turns_nan_keeps_the_last_good_checkpoint(capsys, tmp_path, 
         nonlocal count
         count += 1
         metrics = whole(agent, *batch)
-        return metrics | {"critic_loss": metrics["critic_loss"] * float("nan")} if count == 13 else metrics
+        return (
+            metrics | {"critic_loss": metrics["critic_loss"] * float("nan")}
+            if count == 13
+            else metrics
+        )
 
     with monkeypatch.context() as patch:
         patch.setattr(dql.DiffusionQL, "update", breaks)
@@ -454,13 +510,17 @@ def test_a_loss_that_explodes_by_itself_is_noticed(capsys, tmp_path, data, no_pi
 
 
 @pytest.mark.parametrize("path", ["nowhere/ant.gif", "file/ant.gif"])
-def test_a_film_that_cannot_be_written_is_refused(capsys, tmp_path, run, monkeypatch, path, no_pictures):
+def test_a_film_that_cannot_be_written_is_refused(
+    capsys, tmp_path, run, monkeypatch, path, no_pictures
+):
     monkeypatch.setattr(gymnasium, "make", lambda name, **how: Film())
     (tmp_path / "file").touch()
     assert str(tmp_path / path) in stopped(capsys, "--eval", run, "--render", tmp_path / path)
 
 
-def test_filming_without_opengl_says_what_to_install(capsys, tmp_path, run, monkeypatch, no_pictures):
+def test_filming_without_opengl_says_what_to_install(
+    capsys, tmp_path, run, monkeypatch, no_pictures
+):
     monkeypatch.setenv("MUJOCO_GL", "nonsense")
     assert "MUJOCO_GL" in stopped(capsys, "--eval", run, "--render", tmp_path / "ant.gif")
     assert not (tmp_path / "ant.gif").exists()

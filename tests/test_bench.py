@@ -35,7 +35,9 @@ def test_sampling_is_checked_before_it_is_timed():
     inputs = sampling.make_noise(policy, 33, "cpu")
     contestants = made(sampling.cpu_contestants(policy, inputs[0], compiled=False))
     assert all(sampling.check(policy, contestant, 33) < 1e-5 for contestant in contestants.values())
-    wrong = contestants["eager"]._replace(given=lambda s, x, z: policy.sample(s, x_T=x, noises=z) * 1.001)
+    wrong = contestants["eager"]._replace(
+        given=lambda s, x, z: policy.sample(s, x_T=x, noises=z) * 1.001
+    )
     with pytest.raises(SystemExit, match="error 1.00e-03, the eager chain's"):
         sampling.check(policy, wrong, 33)
     unwritten = contestants["eager"]._replace(draw=lambda: torch.full((33, 8), torch.nan))
@@ -48,23 +50,34 @@ def test_tf32_is_judged_by_tf32_even_where_torch_would_not_use_it():
     reference = pytest.importorskip("reference", reason="triton has no package for this platform")
     policy = sampling.make_policy(5, "cpu")
     state, x_T, noises = sampling.make_noise(policy, 33, "cpu")
-    exact = copy.deepcopy(policy).double().sample(state.double(), x_T=x_T.double(), noises=noises.double())
+    exact = (
+        copy.deepcopy(policy)
+        .double()
+        .sample(state.double(), x_T=x_T.double(), noises=noises.double())
+    )
     with sampling.arithmetic("tf32", "cpu"):
         found = acting.error(policy.sample(state, x_T=x_T, noises=noises), exact)
-    plain, expected = (acting.error(reference.eager_at(policy, p, state, x_T, noises), exact) for p in ("fp32", "tf32"))
+    plain, expected = (
+        acting.error(reference.eager_at(policy, p, state, x_T, noises), exact)
+        for p in ("fp32", "tf32")
+    )
     assert plain < expected / 30 and 0.8 < found / expected < 1.25
 
 
 @pytest.mark.parametrize("n", [1, 5])
 def test_acting_agrees_with_the_baseline(n):
     agent = acting.agent_at("cpu", False)
-    made(acting.cpu_calls(agent, sampling.make_noise(agent.policy, n, "cpu")[0], compiled=False))  # asserts that it does
+    made(
+        acting.cpu_calls(agent, sampling.make_noise(agent.policy, n, "cpu")[0], compiled=False)
+    )  # asserts that it does
 
 
 def test_a_fused_actor_is_checked_before_it_is_timed(monkeypatch):
     kernels = pytest.importorskip("kernels")
     monkeypatch.setattr(acting, "CANDIDATES", 10)
-    agent = DiffusionQL(29, 8, hidden_dim=128, n_timesteps=2, device="cuda" if torch.cuda.is_available() else "cpu")
+    agent = DiffusionQL(
+        29, 8, hidden_dim=128, n_timesteps=2, device="cuda" if torch.cuda.is_available() else "cpu"
+    )
     state = sampling.make_noise(agent.policy, 3, agent.device)[0]
     actor = kernels.FusedActor(agent.policy, agent.critic_target, acting.CANDIDATES, "fp32")
     assert acting.check_fused(agent, actor, state) < 1e-5
@@ -75,7 +88,10 @@ def test_a_fused_actor_is_checked_before_it_is_timed(monkeypatch):
 
 def test_shares_of_the_ceiling_count_every_product_once():
     policy = sampling.make_policy(5, "cpu")
-    multiplications = sum(w.numel() for w in (policy.mid_layer[2].weight, policy.mid_layer[4].weight, policy.final_layer.weight))
+    multiplications = sum(
+        w.numel()
+        for w in (policy.mid_layer[2].weight, policy.mid_layer[4].weight, policy.final_layer.weight)
+    )
     multiplications += 256 * (29 + 8)
     assert sampling.flops_per_action(policy) == 2 * 5 * multiplications
     peaks = {"fp16 TFLOP/s": 600.0, "fp32 TFLOP/s": 60.0}
@@ -83,7 +99,10 @@ def test_shares_of_the_ceiling_count_every_product_once():
     assert found == [600.0, 200.0, 60.0, None]
 
 
-@pytest.mark.parametrize("bench, file, n_figures", [(training, "training", 4), (sampling, "sampling", 4), (acting, "acting", 4)])
+@pytest.mark.parametrize(
+    "bench, file, n_figures",
+    [(training, "training", 4), (sampling, "sampling", 4), (acting, "acting", 4)],
+)
 def test_figures_are_written_whole_and_appended(tmp_path, monkeypatch, bench, file, n_figures):
     monkeypatch.setattr(timing, "measure", lambda calls, *_: {
         name: dict(p20=1.0 + i, p50=2.0 + i, p80=3.0 + i, rounds=7, ratio=2.0 / (2.0 + i)) for i, name in enumerate(calls)
@@ -96,7 +115,9 @@ def test_figures_are_written_whole_and_appended(tmp_path, monkeypatch, bench, fi
     written = json.loads((tmp_path / f"{file}_cpu.json").read_text())
     assert {"cpu", "torch", "numpy", "python", "commit", "date", "figures"} <= written.keys()
     assert written["finished"] and written["failures"] == []
-    assert len(written["figures"]) == n_figures and {round(f["ratio"], 2) for f in written["figures"]} == {1.0, 0.67}
+    assert len(written["figures"]) == n_figures and {
+        round(f["ratio"], 2) for f in written["figures"]
+    } == {1.0, 0.67}
     with (tmp_path / f"{file}.csv").open() as table:
         rows = list(csv.DictReader(table))
     assert len(rows) == 2 * n_figures and set(rows[0]) == {*timing.ORIGIN, *bench.COLUMNS}
@@ -109,7 +130,9 @@ def test_what_fails_is_named_and_costs_no_other_its_figure(tmp_path, monkeypatch
         raise RuntimeError("it does not compile\nand here is why at length")
 
     whole = sampling.cpu_contestants
-    monkeypatch.setattr(sampling, "cpu_contestants", lambda *args, **how: {"broken": broken} | whole(*args, **how))
+    monkeypatch.setattr(
+        sampling, "cpu_contestants", lambda *args, **how: {"broken": broken} | whole(*args, **how)
+    )
     monkeypatch.setattr(sampling, "cases", lambda device, quick: [(5, 3, {"compiled": False})])
     monkeypatch.setattr(sampling, "peaks", lambda device: {})
     one = dict(p20=1.0, p50=1.0, p80=1.0, rounds=1, ratio=1.0)
@@ -118,14 +141,20 @@ def test_what_fails_is_named_and_costs_no_other_its_figure(tmp_path, monkeypatch
     written = json.loads((tmp_path / "sampling_cpu.json").read_text())
     assert [f["contestant"] for f in written["figures"]] == ["plain", "eager"]
     assert written["failures"] == [{"what": "T=5, 3 rows, broken", "why": "it does not compile"}]
-    assert capsys.readouterr().out.count("FAILED: T=5, 3 rows, broken: it does not compile") == 2  # at once, and in the end
+    assert (
+        capsys.readouterr().out.count("FAILED: T=5, 3 rows, broken: it does not compile") == 2
+    )  # at once, and in the end
 
 
 def test_figures_are_on_disk_as_soon_as_they_are_known(tmp_path):
     figures = timing.Figures("some", ["name"], tmp_path, quick=True)
     figures.add([{"name": "first"}], peaks={})
     written = json.loads((tmp_path / "some_cpu.json").read_text())
-    assert (written["figures"], written["finished"], written["quick"]) == ([{"name": "first"}], False, True)
+    assert (written["figures"], written["finished"], written["quick"]) == (
+        [{"name": "first"}],
+        False,
+        True,
+    )
     assert "first" in (tmp_path / "some.csv").read_text()
 
 
@@ -141,29 +170,47 @@ def small(monkeypatch, cuda_graphs):
     if torch.cuda.is_available():
         pytest.skip("bench.first asks a GPU")
     size = dict(hidden_dim=128, n_timesteps=2)
-    agents = lambda n, max_q, device: [DiffusionQL(29, 8, **size, **training.SETTINGS, seed=i) for i in range(n)]  # noqa: E731
+    agents = lambda n, max_q, device: [
+        DiffusionQL(29, 8, **size, **training.SETTINGS, seed=i) for i in range(n)
+    ]  # noqa: E731
     monkeypatch.setattr(training, "make_agents", agents)
     monkeypatch.setattr(training, "BATCH", 8)
     for module in (first, acting):
         monkeypatch.setattr(module, "agent_at", lambda *_: DiffusionQL(29, 8, **size))
         monkeypatch.setattr(module, "CANDIDATES", 3)
     for module in (first, sampling):
-        monkeypatch.setattr(module, "make_policy", lambda *_: DiffusionQL(29, 8, **size).policy.requires_grad_(False))
+        monkeypatch.setattr(
+            module,
+            "make_policy",
+            lambda *_: DiffusionQL(29, 8, **size).policy.requires_grad_(False),
+        )
 
 
 def test_contestants_of_a_gpu_can_be_made_and_are_right(small):
     policy = sampling.make_policy(5, "cpu")
     inputs = sampling.make_noise(policy, 3, "cpu")
-    contestants = sampling.gpu_contestants(policy, inputs[0], compiled=False, autotuned=False, precisions=("fp16",))
-    assert list(contestants) == ["plain", "eager", "eager, graph", "fused fp16", "fused fp16, graph"]
-    assert all(sampling.check(policy, contestant, 3) < 2e-3 for contestant in made(contestants).values())
+    contestants = sampling.gpu_contestants(
+        policy, inputs[0], compiled=False, autotuned=False, precisions=("fp16",)
+    )
+    assert list(contestants) == [
+        "plain",
+        "eager",
+        "eager, graph",
+        "fused fp16",
+        "fused fp16, graph",
+    ]
+    assert all(
+        sampling.check(policy, contestant, 3) < 2e-3 for contestant in made(contestants).values()
+    )
     calls = acting.gpu_calls(acting.agent_at(), inputs[0][:1].contiguous(), compiled=False)
     for name in ("eager, graph", "fused fp16, graph", "fused fp16, graph, numpy to numpy"):
         call, _ = acting.tried(calls[name])
         assert call().shape in ((1, 8), (8,))
     where, transitions = torch.device("cuda"), training.random_transitions(20, "cpu")
     updates = training.contestants(False, False, where)
-    training.check_updates({name: updates[name]() for name in (training.BASELINE, "eager", "fused fp16")})
+    training.check_updates(
+        {name: updates[name]() for name in (training.BASELINE, "eager", "fused fp16")}
+    )
     for name, make in training.rungs(1, False, False, transitions, where).items():
         if not name.startswith("fused") or name == "fused fp16":
             training.tried(make(), 1)
@@ -188,24 +235,46 @@ def test_a_part_that_breaks_or_hangs_is_a_finding_and_the_others_go_on(monkeypat
     first.run_parts([("update", "fp16"), ("graph", "eager")], 60, findings.extend)
     first.run_parts([("timings", "fp16")], 0.2, findings.extend)
     whys = {finding["what"]: finding["why"] for finding in findings}
-    assert whys == {"update fp16": "it ended with 1", "graph eager": "it ended with 1", "timings fp16": "it ended with -9"}
+    assert whys == {
+        "update fp16": "it ended with 1",
+        "graph eager": "it ended with 1",
+        "timings fp16": "it ended with -9",
+    }
 
 
 def test_a_full_run_records_how_long_it_took(tmp_path, monkeypatch, capsys):
     class Run:
-        records = [{"kind": "epoch", "step": 1000 * (i + 1), "updates_per_second": 500.0} for i in range(3)]
+        records = [
+            {"kind": "epoch", "step": 1000 * (i + 1), "updates_per_second": 500.0} for i in range(3)
+        ]
 
         def evaluations(self):
-            return [{"step": 3000, "score": 41.0, "bc_loss": 0.1, "seconds": 4.0, "data": "generated"}]
+            return [
+                {"step": 3000, "score": 41.0, "bc_loss": 0.1, "seconds": 4.0, "data": "generated"}
+            ]
 
         def select(self, top_k):
             return {"last": {"score": 41.0, "top_k": top_k}}
 
     asked = []
     monkeypatch.setattr(loop, "train", lambda config: asked.append(config) or [Run()])
-    training.main(["--full-run", "--precision", "tf32", "--out", str(tmp_path), "--runs", str(tmp_path / "runs")])
+    training.main(
+        [
+            "--full-run",
+            "--precision",
+            "tf32",
+            "--out",
+            str(tmp_path),
+            "--runs",
+            str(tmp_path / "runs"),
+        ]
+    )
     written = json.loads(next(tmp_path.glob("full_run_*.json")).read_text())
-    assert written["updating_s"] == 6.0 and written["evaluating_s"] == 4.0 and written["updates"] == 3000
+    assert (
+        written["updating_s"] == 6.0
+        and written["evaluating_s"] == 4.0
+        and written["updates"] == 3000
+    )
     assert (asked[0].precision, asked[0].data, asked[0].epochs) == ("tf32", "generated", 1000)
     assert "41.0" in capsys.readouterr().out
 
@@ -216,21 +285,31 @@ def test_the_profiler_counts_no_more_launches_than_there_are():
 
     device = torch.device("cuda")
     agents = training.make_agents(2, True, device)
-    update = kernels.FusedUpdate(agents, training.random_transitions(10_000, device), training.BATCH)
+    update = kernels.FusedUpdate(
+        agents, training.random_transitions(10_000, device), training.BATCH
+    )
     found = training.profile(update.run, 100)
     assert 9 <= found["launches"] <= 10 and sum(found["kernels"].values()) > 0.9
 
 
 def test_timing_takes_turns():
     order = []
-    times = timing.measure({name: lambda name=name: order.append(name) for name in ("first", "second")}, 0.0)
+    times = timing.measure(
+        {name: lambda name=name: order.append(name) for name in ("first", "second")}, 0.0
+    )
     assert order[4:] == ["first", "second"] * 5 and times["second"]["rounds"] == 5
     assert times["second"]["p20"] <= times["second"]["p50"] <= times["second"]["p80"]
     assert times["first"]["ratio"] == 1.0
 
 
 def test_results_are_named_after_the_device():
-    names = {None: "cpu", "NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200", "NVIDIA A100-SXM4-40GB": "a100", "Tesla": "gpu"}
+    names = {
+        None: "cpu",
+        "NVIDIA H100 80GB HBM3": "h100",
+        "NVIDIA H200": "h200",
+        "NVIDIA A100-SXM4-40GB": "a100",
+        "Tesla": "gpu",
+    }
     for gpu, expected in names.items():
         assert timing.device_slug({"gpu": gpu, "cpu": "a CPU"}) == expected
 
@@ -242,11 +321,17 @@ def test_results_are_named_after_the_device():
 def test_stepping_is_measured_for_each_way_and_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluation, "LIMIT", 2)
     monkeypatch.setattr(evaluation, "FEW", 2)
-    evaluation.main(["--tasks", "hopper-medium-v2", "--threads", "1", "--rounds", "1", "--out", str(tmp_path)])
+    evaluation.main(
+        ["--tasks", "hopper-medium-v2", "--threads", "1", "--rounds", "1", "--out", str(tmp_path)]
+    )
     found = json.loads((tmp_path / "evaluation.json").read_text())
     rates = found["steps_per_second"]["hopper-medium-v2"]
     assert list(rates) == ["10 episodes", "2 episodes", "SyncVectorEnv, 2", "AsyncVectorEnv, 2"]
-    assert min(rates.values()) > 0 and found["threads"] == 1 and "hopper-medium-v2" in capsys.readouterr().out
+    assert (
+        min(rates.values()) > 0
+        and found["threads"] == 1
+        and "hopper-medium-v2" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("bad", [["--tasks", "hopper-v2"], ["--rounds", "0"], ["--threads", "-1"]])

@@ -35,7 +35,11 @@ def test_locomotion_rewards_are_scaled_by_the_spread_of_returns():
     observations = np.array([[0], [1], [2], [3], [7], [8]], dtype=np.float32)
     next_observations = np.array([[1], [2], [3], [4], [8], [9]], dtype=np.float32)
     tuned = tune_rewards(
-        rewards, "iql_locomotion", terminals=terminals, observations=observations, next_observations=next_observations
+        rewards,
+        "iql_locomotion",
+        terminals=terminals,
+        observations=observations,
+        next_observations=next_observations,
     )
     np.testing.assert_allclose(tuned, rewards / (11 - 3) * 1000, rtol=1e-6)  # returns 3, 7, 11
 
@@ -57,7 +61,11 @@ def test_iql_locomotion_scales_by_the_spread_of_trajectory_returns(seed):
             returns.append(total)
             total = 0.0
     tuned = tune_rewards(
-        rewards, "iql_locomotion", terminals=terminals, observations=observations, next_observations=following
+        rewards,
+        "iql_locomotion",
+        terminals=terminals,
+        observations=observations,
+        next_observations=following,
     )
     assert len(returns) > 3 and tuned.dtype == np.float32
     np.testing.assert_allclose(tuned, rewards / (max(returns) - min(returns)) * 1000, rtol=1e-5)
@@ -69,7 +77,10 @@ def test_tuned_rewards_and_ends_reach_the_update(tmp_path):
     transitions = load_transitions(Options(reward_tune="cql"), dataset, "cpu")
     assert len(transitions) == len(dataset)
     batch = transitions.sample(400, torch.Generator().manual_seed(0))
-    rows = [np.flatnonzero((dataset.observations == state.numpy()).all(axis=1)).item() for state in batch.state]
+    rows = [
+        np.flatnonzero((dataset.observations == state.numpy()).all(axis=1)).item()
+        for state in batch.state
+    ]
     assert len(set(rows)) > 100 and len(set(rows)) < 400  # uniform, with replacement
     np.testing.assert_array_equal(batch.action, dataset.actions[rows])
     np.testing.assert_array_equal(batch.next_state, dataset.next_observations[rows])

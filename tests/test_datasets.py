@@ -95,6 +95,7 @@ def error_of(call, *args, **kwargs) -> str:
 # ---------------------------------------------------------------------------------------------------------
 # Reading
 
+
 @pytest.mark.parametrize("n", [2, 3, 8, 50, 301])
 @pytest.mark.parametrize("seed", range(4))
 def test_timeouts_are_cut_as_a_slow_loop_cuts_them(tmp_path, n, seed):
@@ -105,11 +106,15 @@ def test_timeouts_are_cut_as_a_slow_loop_cuts_them(tmp_path, n, seed):
 
 @pytest.mark.parametrize("limit", [2, 3, 7, 1000])
 @pytest.mark.parametrize("terminal_rate", [0, 0.02, 0.3, 0.9])
-def test_without_timeouts_the_episode_limit_cuts_as_a_slow_loop_does(tmp_path, limit, terminal_rate):
+def test_without_timeouts_the_episode_limit_cuts_as_a_slow_loop_does(
+    tmp_path, limit, terminal_rate
+):
     made = arrays(400, timeouts=False)
     made["terminals"] = np.random.default_rng(limit).random(400) < terminal_rate
     expected = read_slowly(made, limit)
-    assert_same(datasets.read_hdf5(write(tmp_path / "a.hdf5", made), Task(episode_limit=limit)), expected)
+    assert_same(
+        datasets.read_hdf5(write(tmp_path / "a.hdf5", made), Task(episode_limit=limit)), expected
+    )
 
 
 def test_blocks_of_rows_join_without_a_seam(tmp_path, monkeypatch):
@@ -122,7 +127,10 @@ def test_blocks_of_rows_join_without_a_seam(tmp_path, monkeypatch):
 
 def test_float64_columns_and_byte_flags_in_a_compressed_file_read_the_same(tmp_path):
     made = arrays()
-    stored = {key: value.astype("f8" if value.dtype == np.float32 else "u1") for key, value in made.items()}
+    stored = {
+        key: value.astype("f8" if value.dtype == np.float32 else "u1")
+        for key, value in made.items()
+    }
     stored = {key: value[:, None] if value.ndim == 1 else value for key, value in stored.items()}
     read = datasets.read_hdf5(write(tmp_path / "a.hdf5", stored, compression="gzip"), TASK)
     assert_same(read, read_slowly(made, 7))
@@ -162,13 +170,16 @@ def test_no_chunk_of_the_file_is_read_twice(tmp_path, monkeypatch):
 def test_memory_beyond_the_result_is_that_of_a_few_blocks(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "ROWS", 4096)
     n = 32 * datasets.ROWS
-    path = write(tmp_path / "a.hdf5", {
-        "observations": np.zeros((n, 29), np.float32),
-        "actions": np.zeros((n, 8), np.float32),
-        "rewards": np.zeros(n, np.float32),
-        "terminals": np.zeros(n, bool),
-        "timeouts": np.zeros(n, bool),
-    })
+    path = write(
+        tmp_path / "a.hdf5",
+        {
+            "observations": np.zeros((n, 29), np.float32),
+            "actions": np.zeros((n, 8), np.float32),
+            "rewards": np.zeros(n, np.float32),
+            "terminals": np.zeros(n, bool),
+            "timeouts": np.zeros(n, bool),
+        },
+    )
     tracemalloc.start()
     read = datasets.read_hdf5(path, TASK)
     peak = tracemalloc.get_traced_memory()[1]
@@ -194,7 +205,11 @@ def test_statistics_are_those_of_the_transitions(tmp_path):
 
 
 def antmaze_extras(n):
-    return {"infos/goal": np.ones((n, 2), "f4"), "infos/qpos": np.ones((n, 15), "f4"), "infos/qvel": np.ones((n, 14), "f4")}
+    return {
+        "infos/goal": np.ones((n, 2), "f4"),
+        "infos/qpos": np.ones((n, 15), "f4"),
+        "infos/qvel": np.ones((n, 14), "f4"),
+    }
 
 
 def locomotion_extras(n):
@@ -216,7 +231,12 @@ def kitchen_extras(n):
     return {"infos": np.arange(n)}  # of which demonstration: an array, where others have a group
 
 
-EXTRAS = {"antmaze": antmaze_extras, "locomotion": locomotion_extras, "adroit": pen_extras, "kitchen": kitchen_extras}
+EXTRAS = {
+    "antmaze": antmaze_extras,
+    "locomotion": locomotion_extras,
+    "adroit": pen_extras,
+    "kitchen": kitchen_extras,
+}
 BASE_NAMES = {
     "antmaze-umaze-diverse-v0": "Ant_maze_u-maze_noisy_multistart_True_multigoal_True_sparse.hdf5",
     "halfcheetah-medium-replay-v2": "halfcheetah_medium_replay-v2.hdf5",
@@ -233,7 +253,9 @@ def test_each_familys_file_is_found_by_its_base_name_and_read(tmp_path, monkeypa
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
     task = tasks.get(name)
     n = 2 * task.episode_limit + 5
-    made = arrays(n, timeouts=task.family != "kitchen", state_dim=task.state_dim, action_dim=task.action_dim)
+    made = arrays(
+        n, timeouts=task.family != "kitchen", state_dim=task.state_dim, action_dim=task.action_dim
+    )
     made["terminals"][:] = False  # so that kitchen's limit is met
     stored = made | EXTRAS[task.family](n)
     if task.family == "kitchen":
@@ -247,23 +269,36 @@ def test_each_familys_file_is_found_by_its_base_name_and_read(tmp_path, monkeypa
 
 @pytest.mark.parametrize("name", tasks.names())
 def test_a_file_of_another_size_is_named_as_the_family_that_it_fits(tmp_path, name):
-    task, other = tasks.get(name), tasks.get("pen-human-v1" if name.startswith("kitchen") else "kitchen-mixed-v0")
-    path = write(tmp_path / "other.hdf5", arrays(state_dim=other.state_dim, action_dim=other.action_dim))
-    assert f"probably of {other.name.split('-')[0]}:" in error_of(datasets.load, task, path, log=quiet)
+    task, other = (
+        tasks.get(name),
+        tasks.get("pen-human-v1" if name.startswith("kitchen") else "kitchen-mixed-v0"),
+    )
+    path = write(
+        tmp_path / "other.hdf5", arrays(state_dim=other.state_dim, action_dim=other.action_dim)
+    )
+    assert f"probably of {other.name.split('-')[0]}:" in error_of(
+        datasets.load, task, path, log=quiet
+    )
     assert name.split("-")[0] in datasets.FAMILIES[task.state_dim, task.action_dim]
 
 
-def test_a_file_of_another_task_of_the_same_size_is_known_by_d4rls_name_and_by_what_made_it(tmp_path):
+def test_a_file_of_another_task_of_the_same_size_is_known_by_d4rls_name_and_by_what_made_it(
+    tmp_path,
+):
     cheetah, walker = tasks.get("halfcheetah-medium-v2"), tasks.get("walker2d-medium-v2")
     made = arrays(state_dim=17, action_dim=6)
     named = write(tmp_path / "walker2d_medium-v2.hdf5", made)
-    assert "D4RL's file of walker2d-medium-v2, not of halfcheetah-medium-v2" in error_of(datasets.load, cheetah, named, log=quiet)
+    assert "D4RL's file of walker2d-medium-v2, not of halfcheetah-medium-v2" in error_of(
+        datasets.load, cheetah, named, log=quiet
+    )
     assert len(datasets.load(walker, named, log=quiet))
     generated = write(tmp_path / "mine.hdf5", made)
     assert len(datasets.load(cheetah, generated, log=quiet))  # nothing says whose it is
     with h5py.File(generated, "r+") as file:
         file.attrs["task"] = "walker2d-medium-v2"
-    assert "generated for walker2d-medium-v2" in error_of(datasets.load, cheetah, generated, log=quiet)
+    assert "generated for walker2d-medium-v2" in error_of(
+        datasets.load, cheetah, generated, log=quiet
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -292,9 +327,13 @@ class Walks:
         n = sum(map(len, places))
         self.made = arrays(n)
         self.made["observations"][:, :2] = np.concatenate(places)
-        self.made["infos/goal"] = np.concatenate([np.tile(goal, (len(xy), 1)) for xy, goal in trajectories]).astype(np.float32)
+        self.made["infos/goal"] = np.concatenate(
+            [np.tile(goal, (len(xy), 1)) for xy, goal in trajectories]
+        ).astype(np.float32)
         self.follows = np.concatenate([np.arange(len(xy)) < len(xy) - 1 for xy in places])
-        self.reached = np.concatenate([np.append(within(xy[1:], goal), False) for xy, goal in trajectories])
+        self.reached = np.concatenate(
+            [np.append(within(xy[1:], goal), False) for xy, goal in trajectories]
+        )
         self.ends = np.flatnonzero(~self.follows)
         self.mark(self.reached)
         self.made["timeouts"] = ~self.follows
@@ -310,12 +349,16 @@ class Walks:
             "observations": made["observations"][rows],
             "actions": made["actions"][rows],
             "next_observations": made["observations"][rows + 1],
-            "rewards": made["rewards"][rows] if terminals is None else terminals[rows].astype(np.float32),
+            "rewards": made["rewards"][rows]
+            if terminals is None
+            else terminals[rows].astype(np.float32),
             "terminals": made["terminals"][rows] if terminals is None else terminals[rows],
         }
 
     def read(self, tmp_path, repair=True, log=quiet):
-        return datasets.read_hdf5(write(tmp_path / "walks.hdf5", self.made), TASK, repair=repair, log=log)
+        return datasets.read_hdf5(
+            write(tmp_path / "walks.hdf5", self.made), TASK, repair=repair, log=log
+        )
 
 
 def jumps(read):
@@ -328,10 +371,17 @@ def four_walks(lengths=(30, 26, 33, 21), goals=((4, 0), (0, 4), (4, 9), (9, 3)))
     return [(path(s, d, n), g) for s, d, n, g in zip(starts, directions, lengths, goals)]
 
 
-def test_rows_that_nothing_follows_go_and_rows_cut_in_the_middle_stay_as_in_medium_diverse(tmp_path):
-    walks, target = Walks(four_walks()), np.array([6.2, 3.0])  # the rewarded goal, which infos/goal does not hold
+def test_rows_that_nothing_follows_go_and_rows_cut_in_the_middle_stay_as_in_medium_diverse(
+    tmp_path,
+):
+    walks, target = (
+        Walks(four_walks()),
+        np.array([6.2, 3.0]),
+    )  # the rewarded goal, which infos/goal does not hold
     xy = walks.made["observations"][:, :2]
-    walks.mark(np.append(within(xy[1:], target), False))  # D4RL's script takes the next row, whosever it is
+    walks.mark(
+        np.append(within(xy[1:], target), False)
+    )  # D4RL's script takes the next row, whosever it is
     walks.made["timeouts"] = np.arange(len(xy)) % 29 == 28  # out of step with the ends
     default, repaired = walks.read(tmp_path, repair=False), walks.read(tmp_path)
     assert jumps(default).max() > 5 and jumps(repaired).max() < 1
@@ -342,14 +392,23 @@ def test_rows_that_nothing_follows_go_and_rows_cut_in_the_middle_stay_as_in_medi
 def test_the_first_rows_after_a_start_near_the_rewarded_goal_do_not_mark_the_row_before(tmp_path):
     walks = Walks(four_walks())
     last = walks.ends[0]
-    walks.mark(np.append(within(walks.made["observations"][1:, :2], walks.made["observations"][last + 1, :2]), False))
+    walks.mark(
+        np.append(
+            within(walks.made["observations"][1:, :2], walks.made["observations"][last + 1, :2]),
+            False,
+        )
+    )
     assert walks.made["terminals"][last]
     assert_same(walks.read(tmp_path), walks.expected(walks.follows))
 
 
-def test_every_row_that_ends_at_its_goal_is_terminal_where_the_file_has_one_a_walk_as_in_umaze_diverse(tmp_path):
+def test_every_row_that_ends_at_its_goal_is_terminal_where_the_file_has_one_a_walk_as_in_umaze_diverse(
+    tmp_path,
+):
     walks = Walks(four_walks())
-    first = np.flatnonzero(np.diff(walks.reached.astype(int), prepend=0) == 1)  # the first of each walk
+    first = np.flatnonzero(
+        np.diff(walks.reached.astype(int), prepend=0) == 1
+    )  # the first of each walk
     walks.mark(np.isin(np.arange(len(walks.reached)), first))
     walks.made["timeouts"] = np.arange(len(walks.reached)) % 29 == 28
     said = []
@@ -358,14 +417,25 @@ def test_every_row_that_ends_at_its_goal_is_terminal_where_the_file_has_one_a_wa
     assert walks.reached.sum() > 3 * len(first)
     (line,) = said
     assert f"{walks.reached.sum()} terminals by infos/goal, where the file has {len(first)}" in line
-    assert f"{np.sum(walks.follows[:-1] & walks.made['timeouts'][:-1])} rows taken in spite of their timeouts" in line
+    assert (
+        f"{np.sum(walks.follows[:-1] & walks.made['timeouts'][:-1])} rows taken in spite of their timeouts"
+        in line
+    )
     assert f"{np.sum(~walks.follows[:-1] & ~walks.made['timeouts'][:-1])} more left out" in line
 
 
 def test_a_walk_that_ends_at_its_goal_keeps_its_last_row_if_the_ant_is_there(tmp_path):
-    walks = Walks([(path((0, 0), (1, 0), 16), (4, 0)), (path((0, 0), (0, 1), 9), (0, 4)), (path((5, 5), (1, 0), 9), (9, 5))])
+    walks = Walks(
+        [
+            (path((0, 0), (1, 0), 16), (4, 0)),
+            (path((0, 0), (0, 1), 9), (0, 4)),
+            (path((5, 5), (1, 0), 9), (9, 5)),
+        ]
+    )
     walks.mark(walks.reached)
-    walks.made["terminals"][walks.ends[:2]] = True  # the first is 0.25 m from its goal, the second 2 m: it did not get there
+    walks.made["terminals"][walks.ends[:2]] = (
+        True  # the first is 0.25 m from its goal, the second 2 m: it did not get there
+    )
     kept = walks.follows | (np.arange(34) == walks.ends[0])
     read = walks.read(tmp_path)
     assert_same(read, walks.expected(kept, walks.reached | (np.arange(34) == walks.ends[0])))
@@ -411,7 +481,9 @@ def test_an_ant_that_walks_as_the_simulated_one_does_is_not_cut(tmp_path):
             seen.append(world.observations.astype(np.float32))
     made = arrays(4 * 101)
     made["observations"] = np.stack(seen, axis=1).reshape(-1, 29)
-    made["infos/goal"] = np.repeat(np.arange(4), 101)[:, None].astype(np.float32) * np.ones((1, 2), np.float32)
+    made["infos/goal"] = np.repeat(np.arange(4), 101)[:, None].astype(np.float32) * np.ones(
+        (1, 2), np.float32
+    )
     made["terminals"][:] = False
     read = datasets.read_hdf5(write(tmp_path / "a.hdf5", made), task, repair=True, log=quiet)
     assert len(read["rewards"]) == 4 * 100
@@ -441,9 +513,11 @@ def test_a_repair_that_would_lose_every_terminal_is_refused(tmp_path):
 # ---------------------------------------------------------------------------------------------------------
 # Bad files
 
+
 def change(key, value):
     def edit(made):
         made[key][value[0]] = value[1]
+
     return edit
 
 
@@ -468,15 +542,27 @@ def keep_rows(n):
 
 
 BAD_FILES = {
-    "keys missing": (drop("actions", "terminals"), ["lacks actions, terminals", "observations, rewards"]),
-    "halfcheetah": (shape(17, 6), ["(50, 17)", "(50, 6)", "of halfcheetah or walker2d", "(N, 29)", "(N, 8)"]),
+    "keys missing": (
+        drop("actions", "terminals"),
+        ["lacks actions, terminals", "observations, rewards"],
+    ),
+    "halfcheetah": (
+        shape(17, 6),
+        ["(50, 17)", "(50, 6)", "of halfcheetah or walker2d", "(N, 29)", "(N, 8)"],
+    ),
     "unknown shape": (shape(28, 8), ["(50, 28)", "(N, 29)"]),
     "short actions": (shorten("actions"), ["differ in length", "actions 49", "rewards 50"]),
     "short timeouts": (shorten("timeouts"), ["differ in length", "timeouts 49"]),
-    "observation nan": (change("observations", ((13, 4), np.nan)), ["observations", "nan", "row 13"]),
+    "observation nan": (
+        change("observations", ((13, 4), np.nan)),
+        ["observations", "nan", "row 13"],
+    ),
     "last action -inf": (change("actions", ((49, 0), -np.inf)), ["actions", "-inf", "row 49"]),
     "reward inf": (change("rewards", (7, np.inf)), ["rewards", "inf", "row 7"]),
-    "action outside": (change("actions", ((31, 5), 1.01)), ["actions", "1.01", "row 31", "[-1, 1]"]),
+    "action outside": (
+        change("actions", ((31, 5), 1.01)),
+        ["actions", "1.01", "row 31", "[-1, 1]"],
+    ),
     "no rows": (keep_rows(0), ["empty", "0 rows"]),
     "one row": (keep_rows(1), ["empty", "1 rows"]),
     "all cut": (lambda made: made["timeouts"].fill(True), ["no transitions"]),
@@ -488,7 +574,9 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("edit, words", BAD_FILES.values(), ids=BAD_FILES)
-def test_a_bad_file_is_refused_in_one_line_that_says_what_is_wrong(tmp_path, monkeypatch, edit, words):
+def test_a_bad_file_is_refused_in_one_line_that_says_what_is_wrong(
+    tmp_path, monkeypatch, edit, words
+):
     monkeypatch.setattr(datasets, "ROWS", 3)  # so that a row's number is not its place in a block
     made = arrays()
     edit(made)
@@ -528,6 +616,7 @@ def test_a_damaged_compressed_block_is_an_error_and_not_data(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------
 # Where the data come from
+
 
 class Server:
     """Answers GET from `files` (path -> body); a path in `cut` gets the right size and half of the body."""
@@ -617,7 +706,9 @@ def test_a_path_is_read_and_labelled_with_its_name(tmp_path, folder, generator):
 
 
 @pytest.mark.parametrize("source", ["auto", "d4rl"])
-def test_d4rls_file_on_disk_is_taken_first_and_the_network_is_not_asked(folder, server, generator, source):
+def test_d4rls_file_on_disk_is_taken_first_and_the_network_is_not_asked(
+    folder, server, generator, source
+):
     write(folder / "Ant_maze.hdf5", arrays())
     data, said = load(source)
     assert (data.source, data.label) == ("d4rl", "D4RL antmaze-umaze-v0")
@@ -631,7 +722,9 @@ def test_a_missing_d4rl_file_is_downloaded_and_then_found(folder, server, body, 
     data, said = load(source)
     assert data.label == "D4RL antmaze-umaze-v0"
     assert server.url + FIRST in data.reason and server.url + FIRST in said
-    assert os.listdir(folder) == ["Ant_maze.hdf5"] and (folder / "Ant_maze.hdf5").read_bytes() == body
+    assert (
+        os.listdir(folder) == ["Ant_maze.hdf5"] and (folder / "Ant_maze.hdf5").read_bytes() == body
+    )
     assert "found in" in load(source)[0].reason
     assert server.asked == [FIRST] and generator == []
 
@@ -640,7 +733,11 @@ def test_auto_generates_when_no_address_answers_and_says_so(folder, generator):
     data, said = load("auto", seed=3)
     assert data.source == "generated"
     assert data.label == "GENERATED antmaze-umaze-v0 (seed 3, 1,200 transitions; not D4RL's data)"
-    for words in (f"no D4RL file in {folder}", "download failed (connection refused)", "generated here"):
+    for words in (
+        f"no D4RL file in {folder}",
+        "download failed (connection refused)",
+        "generated here",
+    ):
         assert words in data.reason
     assert data.reason in said and "NOT D4RL's" in said
     assert generator == [("antmaze-umaze-v0", 3)]
@@ -683,7 +780,10 @@ def test_repaired_data_are_labelled_so_and_have_another_fingerprint(tmp_path, fo
     repaired, said = load("d4rl", repair=True)
     assert repaired.label == "D4RL antmaze-umaze-v0, repaired" and "data: repaired: " in said
     assert load("auto", repair=True)[0].label == repaired.label
-    assert load(tmp_path / "mine.hdf5", repair=True)[0].label == "file mine.hdf5 (task antmaze-umaze-v0), repaired"
+    assert (
+        load(tmp_path / "mine.hdf5", repair=True)[0].label
+        == "file mine.hdf5 (task antmaze-umaze-v0), repaired"
+    )
     plain, said = load("d4rl")
     assert plain.label == "D4RL antmaze-umaze-v0" and "data: repaired" not in said
     assert repaired.fingerprint()["crc32"] != plain.fingerprint()["crc32"]
@@ -698,8 +798,13 @@ def test_what_cannot_be_repaired_is_not_called_broken(folder, generator):
 def test_nothing_is_known_to_be_broken_in_other_data(tmp_path, folder, server, generator):
     for source in ("auto", "d4rl", tmp_path / "mine.hdf5"):
         message = error_of(datasets.load, PEN, source, repair=True, log=quiet)
-        assert "nothing is known to be broken in pen-human-v1 data" in message and "--repair-data" in message
-    assert "nothing is known to be broken in generated data" in error_of(load, "generated", repair=True)
+        assert (
+            "nothing is known to be broken in pen-human-v1 data" in message
+            and "--repair-data" in message
+        )
+    assert "nothing is known to be broken in generated data" in error_of(
+        load, "generated", repair=True
+    )
     assert server.asked == [] and generator == []
 
 
@@ -709,7 +814,9 @@ def test_data_to_be_repaired_are_not_replaced_by_generated_ones(folder, generato
     assert generator == []
 
 
-def test_d4rl_refuses_to_substitute_and_names_each_address_and_the_ways_on(folder, server, generator):
+def test_d4rl_refuses_to_substitute_and_names_each_address_and_the_ways_on(
+    folder, server, generator
+):
     server.files[SECOND] = b"<html>moved</html>"
     message = error_of(load, "d4rl")
     assert f"{server.url}{FIRST}: HTTP 404" in message
@@ -756,12 +863,15 @@ def test_the_d4rl_folder_is_d4rls_own(monkeypatch, tmp_path):
 # ---------------------------------------------------------------------------------------------------------
 # Downloads that go wrong
 
+
 def test_a_body_cut_short_is_discarded_and_the_mirror_is_asked(folder, server, body):
     server.files = {FIRST: body, SECOND: body}
     server.cut = {FIRST}
     assert fetch.fetch(TASK) == server.url + SECOND
     assert server.asked == [FIRST, SECOND]
-    assert (folder / "Ant_maze.hdf5").read_bytes() == body and os.listdir(folder) == ["Ant_maze.hdf5"]
+    assert (folder / "Ant_maze.hdf5").read_bytes() == body and os.listdir(folder) == [
+        "Ant_maze.hdf5"
+    ]
 
 
 @pytest.mark.parametrize("sized", [True, False])
@@ -770,7 +880,9 @@ def test_bodies_cut_short_everywhere_leave_nothing(folder, server, body, sized):
     server.cut = {FIRST, SECOND}
     server.unsized = set() if sized else {FIRST, SECOND}
     message = error_of(fetch.fetch, TASK)
-    assert (f"connection lost after {len(body) // 2:,}" if sized else "not a whole HDF5 file") in message
+    assert (
+        f"connection lost after {len(body) // 2:,}" if sized else "not a whole HDF5 file"
+    ) in message
     assert os.listdir(folder) == []
 
 
@@ -790,7 +902,9 @@ def test_an_interrupt_leaves_nothing_and_goes_through(folder, server, body, gene
     assert os.listdir(folder) == [] and generator == []
 
 
-def test_a_folder_that_cannot_be_written_is_named_before_the_network_is_asked(folder, server, generator):
+def test_a_folder_that_cannot_be_written_is_named_before_the_network_is_asked(
+    folder, server, generator
+):
     folder.write_text("a file stands here")
     message = error_of(load, "d4rl")
     assert str(folder) in message and "D4RL_DATASET_DIR" in message
@@ -798,7 +912,9 @@ def test_a_folder_that_cannot_be_written_is_named_before_the_network_is_asked(fo
     assert "folder not writable" in load("auto")[0].reason
 
 
-@pytest.mark.skipif(not Path("/sys").is_dir(), reason="needs a folder that root cannot write to either")
+@pytest.mark.skipif(
+    not Path("/sys").is_dir(), reason="needs a folder that root cannot write to either"
+)
 def test_a_read_only_folder_is_reported_before_the_network_is_asked(server, monkeypatch):
     monkeypatch.setenv("D4RL_DATASET_DIR", "/sys")
     assert "cannot write to /sys" in error_of(fetch.fetch, TASK)

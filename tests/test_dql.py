@@ -72,7 +72,12 @@ def oracle_policy(oracle, **kwargs):
 
 def oracle_agent(oracle, **kwargs):
     agent = made_agent(DiffusionQL(29, 8, **kwargs))
-    for name, net in (("policy", "actor"), ("policy_ema", "ema"), ("critic", "critic"), ("critic_target", "target")):
+    for name, net in (
+        ("policy", "actor"),
+        ("policy_ema", "ema"),
+        ("critic", "critic"),
+        ("critic_target", "target"),
+    ):
         getattr(agent, name).load_state_dict(oracle.named(f"params/{net}/"))
     return agent
 
@@ -90,8 +95,16 @@ def small_agent(algo="ql", **kwargs):
 
 def random_batch(n=32, state_dim=3, action_dim=2, seed=0):
     g = torch.Generator().manual_seed(seed)
-    state, action, next_state, reward = (torch.randn(n, d, generator=g) for d in (state_dim, action_dim, state_dim, 1))
-    return Batch(state, action.clamp(-1, 1), next_state, reward, (torch.rand(n, 1, generator=g) > 0.2).float())
+    state, action, next_state, reward = (
+        torch.randn(n, d, generator=g) for d in (state_dim, action_dim, state_dim, 1)
+    )
+    return Batch(
+        state,
+        action.clamp(-1, 1),
+        next_state,
+        reward,
+        (torch.rand(n, 1, generator=g) > 0.2).float(),
+    )
 
 
 def vector(module):
@@ -116,7 +129,9 @@ def test_schedule_is_the_released_one(oracle, schedule, T):
         (policy.mean_from_x, expected["posterior_mean_coef2"]),
         (policy.sigma, sigma),
     ):
-        torch.testing.assert_close(torch.tensor(ours, dtype=torch.float64), theirs, rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(
+            torch.tensor(ours, dtype=torch.float64), theirs, rtol=1e-12, atol=1e-15
+        )
     alpha_bar = expected["alphas_cumprod"]
     assert torch.equal(policy.sqrt_alpha_bar, alpha_bar.sqrt().float())
     assert torch.equal(policy.sqrt_one_minus_alpha_bar, (1 - alpha_bar).sqrt().float())
@@ -128,7 +143,9 @@ def test_time_embedding_and_its_mlp(oracle):
 
 
 def test_predicted_noise(oracle):
-    epsilon = oracle_policy(oracle).predict_noise(oracle["in/x"], oracle["in/t_T5"], oracle["in/state"])
+    epsilon = oracle_policy(oracle).predict_noise(
+        oracle["in/x"], oracle["in/t_T5"], oracle["in/state"]
+    )
     assert error(epsilon, oracle["out/mlp_out"]) < NOISE_ERROR
 
 
@@ -136,7 +153,9 @@ def test_predicted_noise(oracle):
 def test_reverse_chain(oracle, schedule):
     chain, T = CHAINS[schedule]
     policy = oracle_policy(oracle, n_timesteps=T, schedule=schedule)
-    action = policy.sample(oracle["in/state"], x_T=oracle[f"in/{chain}/xT"], noises=oracle[f"in/{chain}/eps"])
+    action = policy.sample(
+        oracle["in/state"], x_T=oracle[f"in/{chain}/xT"], noises=oracle[f"in/{chain}/eps"]
+    )
     assert error(action, oracle[f"out/{chain}/action"]) < CHAIN_ERROR
 
 
@@ -160,7 +179,9 @@ def test_float64_critics(oracle):
 
 def test_behaviour_cloning_loss_and_its_gradient(oracle):
     policy = oracle_policy(oracle)
-    loss = policy.bc_loss(oracle["in/state"], oracle["in/action"], t=oracle["in/t_T5"], noise=oracle["in/bc_eps"])
+    loss = policy.bc_loss(
+        oracle["in/state"], oracle["in/action"], t=oracle["in/t_T5"], noise=oracle["in/bc_eps"]
+    )
     assert error(loss, oracle["out/bc_l2_eps"]) < LOSS_ERROR
     loss.backward()
     for name, expected in oracle.named("out/bc_grad/").items():
@@ -184,8 +205,14 @@ def test_twin_critics(oracle):
 def test_critic_loss_and_target(oracle, monkeypatch):
     agent = oracle_agent(oracle)
     # The oracle's target is valued at a given next action, so the averaged policy has to propose that one.
-    monkeypatch.setattr(agent.policy_ema, "sample", lambda state, x_T, noises: oracle["in/next_action"])
-    batch, targets, mse_loss = Batch(*(oracle[f"in/{name}"] for name in Batch._fields)), [], F.mse_loss
+    monkeypatch.setattr(
+        agent.policy_ema, "sample", lambda state, x_T, noises: oracle["in/next_action"]
+    )
+    batch, targets, mse_loss = (
+        Batch(*(oracle[f"in/{name}"] for name in Batch._fields)),
+        [],
+        F.mse_loss,
+    )
     monkeypatch.setattr(F, "mse_loss", lambda q, y: targets.append(y) or mse_loss(q, y))
     assert error(agent.update(batch)["critic_loss"], oracle["out/critic_loss"]) < LOSS_ERROR
     assert error(targets[0], oracle["out/target_q"]) < NOISE_ERROR and targets[1] is targets[0]
@@ -194,7 +221,9 @@ def test_critic_loss_and_target(oracle, monkeypatch):
 @pytest.mark.parametrize("head, coin", [(1, 0.7), (2, 0.3)])
 def test_q_loss_for_both_sides_of_the_coin(oracle, head, coin):
     chain, _ = CHAINS["vp"]
-    agent = oracle_agent(oracle, critic_lr=0.0)  # a critic that stays, as the oracle's q loss is not of an updated one
+    agent = oracle_agent(
+        oracle, critic_lr=0.0
+    )  # a critic that stays, as the oracle's q loss is not of an updated one
     noise = agent.draw_noise(64)
     noise.actor_x_T, noise.actor_noises = oracle[f"in/{chain}/xT"], oracle[f"in/{chain}/eps"]
     noise.coin = coin
@@ -203,7 +232,9 @@ def test_q_loss_for_both_sides_of_the_coin(oracle, head, coin):
 
 
 def test_one_whole_update(oracle):
-    agent = oracle_agent(oracle, eta=0.5, grad_norm=2.0, ema_start=0)  # update/config; the rest are the defaults
+    agent = oracle_agent(
+        oracle, eta=0.5, grad_norm=2.0, ema_start=0
+    )  # update/config; the rest are the defaults
     given = oracle.named("update/in/step0/")
     order = ("tgt_xT", "tgt_eps", "t", "bc_eps", "act_xT", "act_eps", "coin")
     noise = UpdateNoise(*(given[name] for name in order))
@@ -212,14 +243,26 @@ def test_one_whole_update(oracle):
     for name in ("bc_loss", "q_loss", "actor_loss", "critic_loss"):
         expected = oracle[f"update/out/{'ql_loss' if name == 'q_loss' else name}"]
         assert error(metrics[name], expected) < LOSS_ERROR, name
-    for ours, theirs in {"actor_grad_norm": "Actor Grad Norm", "critic_grad_norm": "Critic Grad Norm"}.items():
+    for ours, theirs in {
+        "actor_grad_norm": "Actor Grad Norm",
+        "critic_grad_norm": "Critic Grad Norm",
+    }.items():
         expected = oracle[f"update/out/log/{theirs}"]
         assert error(metrics[ours], expected) < NORM_ERROR * expected, ours
-    for name, net in (("policy", "actor"), ("policy_ema", "ema"), ("critic", "critic"), ("critic_target", "target")):
+    for name, net in (
+        ("policy", "actor"),
+        ("policy_ema", "ema"),
+        ("critic", "critic"),
+        ("critic_target", "target"),
+    ):
         before, expected = oracle.named(f"params/{net}/"), oracle.named(f"update/after1/{net}/")
         difference = update = 0
         for key, after in expected.items():
-            difference += (rows_of(getattr(agent, name).get_parameter(key).detach(), after) - after).square().sum()
+            difference += (
+                (rows_of(getattr(agent, name).get_parameter(key).detach(), after) - after)
+                .square()
+                .sum()
+            )
             update += (after - rows_of(before[key], after)).square().sum()
         assert (difference / update).sqrt() < UPDATE_ERROR, name
 
@@ -230,7 +273,10 @@ def test_one_whole_update(oracle):
 @pytest.mark.parametrize("arguments", [("sqrt", 5), ("vp", 0), ("cosine", -1)])
 def test_bad_schedules_are_refused_in_one_line(arguments):
     name, T = arguments
-    for call in (lambda: beta_schedule(name, T), lambda: DiffusionPolicy(3, 2, schedule=name, n_timesteps=T)):
+    for call in (
+        lambda: beta_schedule(name, T),
+        lambda: DiffusionPolicy(3, 2, schedule=name, n_timesteps=T),
+    ):
         with pytest.raises(ValueError) as refusal:
             call()
         message = str(refusal.value)
@@ -239,14 +285,18 @@ def test_bad_schedules_are_refused_in_one_line(arguments):
 
 def test_one_step_schedules_are_finite():
     for schedule in ("vp", "linear", "cosine"):
-        action = made(DiffusionPolicy(3, 2, n_timesteps=1, schedule=schedule)).sample(torch.zeros(4, 3))
+        action = made(DiffusionPolicy(3, 2, n_timesteps=1, schedule=schedule)).sample(
+            torch.zeros(4, 3)
+        )
         assert action.shape == (4, 2) and action.isfinite().all()
 
 
 def test_samples_differentiate_through_the_whole_chain_and_both_clamps():
     torch.manual_seed(0)
     policy = made(DiffusionPolicy(3, 2, hidden_dim=16, max_action=0.7)).double()
-    state, x_T, noises = (torch.randn(*shape, dtype=torch.float64) for shape in ((64, 3), (64, 2), (5, 64, 2)))
+    state, x_T, noises = (
+        torch.randn(*shape, dtype=torch.float64) for shape in ((64, 3), (64, 2), (5, 64, 2))
+    )
     action = policy.sample(state, x_T=x_T, noises=noises)
     clipped = (action.abs() == 0.7).double().mean()
     assert 0.1 < clipped < 0.9  # both sides of the clamps are there to be got wrong
@@ -258,7 +308,9 @@ def test_samples_differentiate_through_the_whole_chain_and_both_clamps():
     direction, h, values = gradient / gradient.norm(), 1e-7, []
     for sign in (1, -1):
         with torch.no_grad():
-            for p, p0, d in zip(policy.parameters(), parameters, direction.split([p.numel() for p in parameters])):
+            for p, p0, d in zip(
+                policy.parameters(), parameters, direction.split([p.numel() for p in parameters])
+            ):
                 p.copy_(p0 + sign * h * d.view_as(p))
             values.append((policy.sample(state, x_T=x_T, noises=noises) * weight).sum())
     slope = (values[0] - values[1]) / (2 * h)
@@ -272,17 +324,27 @@ def test_no_gradient_passes_where_the_last_clamp_is_active():
     action = policy.sample(torch.randn(64, 3), x_T=x_T)
     (gradient,) = torch.autograd.grad(action[(action.abs() == 0.7).all(dim=1)].sum(), x_T)
     assert gradient.abs().max() == 0
-    assert torch.autograd.grad(policy.sample(torch.randn(64, 3), x_T=x_T).sum(), x_T)[0].abs().max() > 0
+    assert (
+        torch.autograd.grad(policy.sample(torch.randn(64, 3), x_T=x_T).sum(), x_T)[0].abs().max()
+        > 0
+    )
 
 
 def test_several_chains_per_state_equal_chains_of_repeated_states():
     torch.manual_seed(0)
-    policy, critic = made(DiffusionPolicy(3, 2, hidden_dim=16)), made(TwinCritic(3, 2, hidden_dim=16))
+    policy, critic = (
+        made(DiffusionPolicy(3, 2, hidden_dim=16)),
+        made(TwinCritic(3, 2, hidden_dim=16)),
+    )
     state, x_T, noises = torch.randn(4, 3), torch.randn(28, 2), torch.randn(5, 28, 2)
     repeated = state.repeat_interleave(7, dim=0)
     actions = policy.sample(state, x_T=x_T, noises=noises)
-    torch.testing.assert_close(actions, policy.sample(repeated, x_T=x_T, noises=noises), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(critic(state, actions), critic(repeated, actions), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        actions, policy.sample(repeated, x_T=x_T, noises=noises), rtol=1e-5, atol=1e-6
+    )
+    torch.testing.assert_close(
+        critic(state, actions), critic(repeated, actions), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_the_last_noise_is_ignored_and_the_others_are_not():
@@ -302,7 +364,9 @@ def test_the_last_noise_is_ignored_and_the_others_are_not():
 def test_max_q_target_is_the_smaller_of_the_best_of_ten_for_each_critic():
     agent, batch = small_agent(max_q_backup=True, critic_lr=0.0, discount=0.9), random_batch(6)
     for target in (agent.critic_target.q1_model, agent.critic_target.q2_model):
-        target[0].weight.data[:, 3:] *= 10  # steep in the action, so that the critics disagree on which is best
+        target[0].weight.data[:, 3:] *= (
+            10  # steep in the action, so that the critics disagree on which is best
+        )
     noise = agent.draw_noise(6)
     assert noise.target_x_T.shape == (60, 2) and noise.target_noises.shape == (5, 60, 2)
     targets, gap = [], []
@@ -311,16 +375,24 @@ def test_max_q_target_is_the_smaller_of_the_best_of_ten_for_each_critic():
         for j in range(10):
             row = slice(10 * b + j, 10 * b + j + 1)
             state = batch.next_state[b : b + 1]
-            action = agent.policy_ema.sample(state, x_T=noise.target_x_T[row], noises=noise.target_noises[:, row])
+            action = agent.policy_ema.sample(
+                state, x_T=noise.target_x_T[row], noises=noise.target_noises[:, row]
+            )
             q1, q2 = agent.critic_target(state, action)
-            best1, best2, best = max(best1, q1.item()), max(best2, q2.item()), max(best, min(q1.item(), q2.item()))
+            best1, best2, best = (
+                max(best1, q1.item()),
+                max(best2, q2.item()),
+                max(best, min(q1.item(), q2.item())),
+            )
         gap.append(min(best1, best2) - best)
         targets.append(batch.reward[b].item() + 0.9 * batch.not_done[b].item() * min(best1, best2))
     assert max(gap) > 1e-2  # min of max and max of min are told apart
     target = torch.tensor(targets)[:, None]
     q1, q2 = agent.critic(batch.state, batch.action)
     expected = F.mse_loss(q1, target) + F.mse_loss(q2, target)
-    torch.testing.assert_close(agent.update(batch, noise)["critic_loss"], expected.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        agent.update(batch, noise)["critic_loss"], expected.detach(), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_the_coin_says_which_critic_is_climbed_and_which_normalises():
@@ -344,9 +416,13 @@ def test_the_normalising_critic_passes_no_gradient():
     q1, q2 = agent.critic(batch.state, action)
     bc = agent.policy.bc_loss(batch.state, batch.action, t=noise.t, noise=noise.bc_noise)
     loss = bc - 2.0 * q1.mean() / q2.detach().abs().mean()
-    gradient = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, list(agent.policy.parameters()))])
+    gradient = torch.cat(
+        [g.reshape(-1) for g in torch.autograd.grad(loss, list(agent.policy.parameters()))]
+    )
     agent.update(batch, noise)
-    torch.testing.assert_close(agent.state_dict()["policy_optimizer.exp_avg"] / 0.1, gradient, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        agent.state_dict()["policy_optimizer.exp_avg"] / 0.1, gradient, rtol=1e-4, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("share, clipped", [(0.5, True), (2.0, False), (0.0, False)])
@@ -363,7 +439,9 @@ def test_gradients_are_clipped_only_above_the_norm(share, clipped):
         assert reported == pytest.approx(norm, rel=1e-5)  # the norm before clipping
         # Adam's first moment is 0.1 × the gradient it was given.
         moment = agent.state_dict()[f"{'policy' if name == 'actor' else name}_optimizer.exp_avg"]
-        assert moment.norm().item() == pytest.approx(0.1 * norm * (share if clipped else 1.0), rel=1e-4)
+        assert moment.norm().item() == pytest.approx(
+            0.1 * norm * (share if clipped else 1.0), rel=1e-4
+        )
 
 
 def test_averages_follow_their_schedules():
@@ -378,7 +456,9 @@ def test_averages_follow_their_schedules():
             torch.testing.assert_close(vector(agent.policy_ema), ema)
         else:
             assert torch.equal(vector(agent.policy_ema), ema)
-        torch.testing.assert_close(vector(agent.critic_target), 0.8 * target + 0.2 * vector(agent.critic))
+        torch.testing.assert_close(
+            vector(agent.critic_target), 0.8 * target + 0.2 * vector(agent.critic)
+        )
 
 
 def test_target_actions_come_from_the_averaged_policy_and_are_valued_by_the_target_critics():
@@ -408,7 +488,9 @@ def test_behaviour_cloning_touches_no_critic(monkeypatch):
     critics, policy = (vector(agent.critic), vector(agent.critic_target)), vector(agent.policy)
     metrics = agent.update(batch)
     assert metrics.keys() == {"bc_loss", "actor_grad_norm"}
-    assert torch.equal(vector(agent.critic), critics[0]) and torch.equal(vector(agent.critic_target), critics[1])
+    assert torch.equal(vector(agent.critic), critics[0]) and torch.equal(
+        vector(agent.critic_target), critics[1]
+    )
     assert not torch.equal(vector(agent.policy), policy)
     assert agent.act(np.zeros((4, 3), dtype=np.float32)).shape == (4, 2)
 
@@ -423,7 +505,9 @@ def test_averaged_nets_start_equal_and_the_global_generator_is_left_alone():
     assert torch.equal(torch.randn(3), expected)
     assert torch.equal(vector(b.policy), vector(b.policy_ema))
     assert torch.equal(vector(b.critic), vector(b.critic_target))
-    assert not torch.equal(vector(b.policy), vector(DiffusionQL(3, 2, hidden_dim=16, seed=2).policy))
+    assert not torch.equal(
+        vector(b.policy), vector(DiffusionQL(3, 2, hidden_dim=16, seed=2).policy)
+    )
 
 
 # --- acting ----------------------------------------------------------------------------------------------------------
@@ -442,14 +526,20 @@ def test_actions_have_the_kind_and_shape_of_the_state(algo):
 def test_candidates_are_picked_by_softmax_of_the_smaller_target_q(monkeypatch):
     agent, n = small_agent(), 4
     candidates = torch.tensor([[-0.6, 0.0], [-0.2, 0.0], [0.2, 0.0], [0.6, 0.0]])
-    monkeypatch.setattr(agent.policy, "sample", lambda state, x_T, noises: candidates.repeat(len(state), 1))
-    monkeypatch.setattr(agent.critic_target, "forward", lambda state, action: (2 * action[:, :1], 1 - action[:, :1]))
+    monkeypatch.setattr(
+        agent.policy, "sample", lambda state, x_T, noises: candidates.repeat(len(state), 1)
+    )
+    monkeypatch.setattr(
+        agent.critic_target, "forward", lambda state, action: (2 * action[:, :1], 1 - action[:, :1])
+    )
     actions = agent.act(np.zeros((20_000, 3), dtype=np.float32), n_candidates=n)
     counts = np.array([(actions[:, 0] == a).sum() for a in candidates[:, 0].numpy()])
     q = torch.minimum(2 * candidates[:, 0], 1 - candidates[:, 0]).double().numpy()
     expected = 20_000 * np.exp(q) / np.exp(q).sum()
     assert counts.sum() == 20_000
-    assert ((counts - expected) ** 2 / expected).sum() < 16.27  # chi-square, 3 degrees of freedom, p = 0.001
+    assert (
+        (counts - expected) ** 2 / expected
+    ).sum() < 16.27  # chi-square, 3 degrees of freedom, p = 0.001
 
 
 def test_each_state_gets_one_of_its_own_candidates_of_the_current_policy():
@@ -488,7 +578,9 @@ def test_a_restored_agent_continues_bit_for_bit(algo):
     assert all(torch.equal(metrics[name], expected[name]) for name in expected)
     expected = through.state_dict()
     state = restored.state_dict()
-    assert state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in expected)
+    assert state.keys() == expected.keys() and all(
+        torch.equal(state[name], expected[name]) for name in expected
+    )
     observation = np.zeros(3, dtype=np.float32)
     assert np.array_equal(through.act(observation), restored.act(observation))
 
@@ -511,7 +603,9 @@ def test_weights_alone_are_enough_to_act():
     weights = {name: v for name, v in first.state_dict().items() if name.startswith(networks)}
     second.load_state_dict(weights, weights_only=True)
     state = np.ones(3, dtype=np.float32)
-    actions = [agent.act(state, generator=torch.Generator().manual_seed(0)) for agent in (first, second)]
+    actions = [
+        agent.act(state, generator=torch.Generator().manual_seed(0)) for agent in (first, second)
+    ]
     assert np.array_equal(*actions)
 
 
@@ -550,10 +644,22 @@ print(agent.act(np.zeros(3, dtype=np.float32)).shape)
 
 def test_copied_alone_the_file_trains_and_acts_on_torch_and_numpy(tmp_path):
     (tmp_path / "dql.py").write_bytes((ROOT / "dql.py").read_bytes())
-    hidden = {"tasks", "trainer", "kernels", "bench", "mujoco", "gymnasium", "h5py", "tqdm", "matplotlib"}
+    hidden = {
+        "tasks",
+        "trainer",
+        "kernels",
+        "bench",
+        "mujoco",
+        "gymnasium",
+        "h5py",
+        "tqdm",
+        "matplotlib",
+    }
     hidden |= {"imageio", "tyro", "safetensors", "tensorboard", "wandb", "einops"}
     script = COPIED_ALONE.format(hidden=hidden)
-    done = subprocess.run([sys.executable, "-E", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-E", "-c", script], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["hidden", "(2,)"]
 
@@ -563,13 +669,17 @@ def test_copied_alone_the_file_trains_and_acts_on_torch_and_numpy(tmp_path):
 
 def test_transitions_are_sampled_uniformly_with_replacement_and_rows_stay_together():
     n = np.arange(10, dtype=np.float32)
-    data = dql.Transitions(np.stack([n] * 3, 1), np.stack([n] * 2, 1), np.stack([n + 1] * 3, 1), 2 * n, n == 4)
+    data = dql.Transitions(
+        np.stack([n] * 3, 1), np.stack([n] * 2, 1), np.stack([n + 1] * 3, 1), 2 * n, n == 4
+    )
     batch = data.sample(20_000, torch.Generator().manual_seed(0))
     row = batch.state[:, 0]
     assert len(data) == 10 and [tuple(x.shape[1:]) for x in batch] == [(3,), (2,), (3,), (1,), (1,)]
     assert all(x.dtype == torch.float32 for x in batch)
     assert torch.equal(batch.action[:, 1], row) and torch.equal(batch.next_state[:, 2], row + 1)
-    assert torch.equal(batch.reward[:, 0], 2 * row) and torch.equal(batch.not_done[:, 0], (row != 4).float())
+    assert torch.equal(batch.reward[:, 0], 2 * row) and torch.equal(
+        batch.not_done[:, 0], (row != 4).float()
+    )
     counts = np.bincount(row.long().numpy(), minlength=10)
     assert ((counts - 2000) ** 2 / 2000).sum() < 27.9  # chi-square, 9 degrees of freedom, p = 0.001
 
@@ -583,7 +693,9 @@ def two_modes(n=2000, seed=0):
     side = rng.choice([-1.0, 1.0], size=(n, 1))
     action = (0.8 * side + 0.05 * rng.normal(size=(n, 1))).astype(np.float32)
     state = np.zeros((n, 1), dtype=np.float32)
-    return dql.Transitions(state, action, state, (side[:, 0] < 0).astype(np.float32), np.ones(n, dtype=bool))
+    return dql.Transitions(
+        state, action, state, (side[:, 0] < 0).astype(np.float32), np.ones(n, dtype=bool)
+    )
 
 
 def trained_on_two_modes(n_updates, lr, algo, **kwargs):
@@ -610,5 +722,3 @@ def test_behaviour_cloning_keeps_both_modes():
     action = trained_on_two_modes(700, 2e-2, algo="bc", n_timesteps=10)
     assert 0.4 < (action < 0).float().mean() < 0.6
     assert ((action.abs() - 0.8).abs() < 0.2).float().mean() > 0.75
-
-

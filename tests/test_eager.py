@@ -34,20 +34,28 @@ def test_mish_and_its_gradient_over_the_whole_range(dtype, tolerance):
     y, expected = Mish()(x.clone()), F.mish(exact)  # a clone, since it is overwritten
     scale = expected.detach().abs().clamp(min=1)
     assert ((y.detach() - expected).abs() / scale).max() < tolerance
-    weight = torch.linspace(0.5, 2, len(x), dtype=torch.float64)  # so that the incoming gradient matters
+    weight = torch.linspace(
+        0.5, 2, len(x), dtype=torch.float64
+    )  # so that the incoming gradient matters
     (gradient,) = torch.autograd.grad((y * weight.to(dtype)).sum(), x)
     (expected_gradient,) = torch.autograd.grad((expected * weight).sum(), exact)
     assert error(gradient, expected_gradient) < 2 * tolerance
     with torch.no_grad():
         taken = x.clone()
         without_graph = Mish()(taken)
-        assert without_graph.data_ptr() == taken.data_ptr()  # the result takes the input's place, as the class says
+        assert (
+            without_graph.data_ptr() == taken.data_ptr()
+        )  # the result takes the input's place, as the class says
     assert ((without_graph - expected).abs() / scale).max() < tolerance
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"max_q_backup": True}])
 def test_cutting_large_batches_for_the_cache_changes_nothing(monkeypatch, kwargs):
-    batch, state, results = random_batch(), np.random.default_rng(0).normal(size=(9, 3)).astype(np.float32), []
+    batch, state, results = (
+        random_batch(),
+        np.random.default_rng(0).normal(size=(9, 3)).astype(np.float32),
+        [],
+    )
     for rows in (1, 30, 10**9):
         monkeypatch.setattr(eager, "CPU_ROWS", rows)
         agent = make_agent(**kwargs)
@@ -76,7 +84,14 @@ def test_an_update_never_asks_for_a_value(kwargs):
     with _Operations() as operations:
         agent.update(batch)
     assert "addmm" in operations.seen  # the mode does see what runs
-    assert not operations.seen & {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select"}
+    assert not operations.seen & {
+        "_local_scalar_dense",
+        "item",
+        "is_nonzero",
+        "nonzero",
+        "equal",
+        "masked_select",
+    }
 
 
 @pytest.mark.skipif(not eager.has_compiler(), reason="no C++ compiler")

@@ -18,11 +18,20 @@ def test_a_run_is_exported_by_its_chosen_checkpoint(tmp_path, data, no_pictures,
     run, file = train(data, tmp_path / "runs"), tmp_path / "policy.pt2"
     assert dql.main(["--export", str(run), str(file), "--which", "best", "--device", "cpu"]) == 0
     assert f"wrote {file}" in capsys.readouterr().out
-    about, best = json.loads(file.with_suffix(".json").read_text()), json.loads((run / "selection.json").read_text())["best"]
-    assert about["facts"]["step"] == best["step"] and about["facts"]["data"] == best["data"] and about["n_candidates"] == 2
+    about, best = (
+        json.loads(file.with_suffix(".json").read_text()),
+        json.loads((run / "selection.json").read_text())["best"],
+    )
+    assert (
+        about["facts"]["step"] == best["step"]
+        and about["facts"]["data"] == best["data"]
+        and about["n_candidates"] == 2
+    )
     weights, kept = load_file(file.with_suffix(".safetensors")), load_file(run / best["checkpoint"])
     assert all(torch.equal(value, kept[name]) for name, value in weights.items())
-    action = torch.export.load(file).module()(torch.zeros(3, 29), torch.zeros(6, 8), torch.zeros(2, 6, 8), torch.zeros(3, 2))
+    action = torch.export.load(file).module()(
+        torch.zeros(3, 29), torch.zeros(6, 8), torch.zeros(2, 6, 8), torch.zeros(3, 2)
+    )
     assert action.shape == (3, 8)
 
 

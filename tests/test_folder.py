@@ -24,11 +24,16 @@ from trainer.folder import (
 def evaluations(bc_loss, score=None):
     score = score or list(range(len(bc_loss)))
     pairs = enumerate(zip(bc_loss, score))
-    return [dict(kind="evaluation", step=step, bc_loss=b, score=s, data="D") for step, (b, s) in pairs]
+    return [
+        dict(kind="evaluation", step=step, bc_loss=b, score=s, data="D") for step, (b, s) in pairs
+    ]
 
 
 def steps(bc_loss, top_k, score=None):
-    return {rule: e["step"] for rule, e in select_checkpoints(evaluations(bc_loss, score), top_k).items()}
+    return {
+        rule: e["step"]
+        for rule, e in select_checkpoints(evaluations(bc_loss, score), top_k).items()
+    }
 
 
 def error_of(call, *args) -> str:
@@ -136,7 +141,9 @@ def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"\x10" * 100, b"\xff" * 9, None], ids=["empty", "garbage", "huge header", "cut"]
+    "content",
+    [b"", b"\x10" * 100, b"\xff" * 9, None],
+    ids=["empty", "garbage", "huge header", "cut"],
 )
 def test_a_broken_checkpoint_is_named(tmp_path, content):
     path = tmp_path / "a.safetensors"
@@ -186,14 +193,24 @@ def run(tmp_path):
 def test_the_log_is_one_json_object_a_line(run):
     lines = (run.path / "log.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == run.records
-    assert run.records[2] == {"kind": "evaluation", "step": 10, "score": 50.0, "bc_loss": 0.75, "data": "D"}
+    assert run.records[2] == {
+        "kind": "evaluation",
+        "step": 10,
+        "score": 50.0,
+        "bc_loss": 0.75,
+        "data": "D",
+    }
     assert run.evaluations() == [run.records[2]]
 
 
 def test_rewinding_drops_what_will_be_made_again(run):
     again = RunFolder(run.path)
     again.rewind_log(10)
-    assert [(r["kind"], r["step"]) for r in again.records] == [("epoch", 5), ("epoch", 10), ("evaluation", 10)]
+    assert [(r["kind"], r["step"]) for r in again.records] == [
+        ("epoch", 5),
+        ("epoch", 10),
+        ("evaluation", 10),
+    ]
     again.log("epoch", 15, bc_loss=1.0)
     last = RunFolder(run.path)
     last.rewind_log(100)
@@ -229,7 +246,12 @@ def test_a_log_that_cannot_be_written_is_an_error_in_one_line(run):
 def test_selection_names_each_rules_checkpoint_and_data(run):
     selection = run.select(top_k=1)
     assert selection == load_json(run.path / "selection.json")
-    expected = {"checkpoint": "checkpoints/step_00000010.safetensors", "step": 10, "score": 50.0, "data": "D"}
+    expected = {
+        "checkpoint": "checkpoints/step_00000010.safetensors",
+        "step": 10,
+        "score": 50.0,
+        "data": "D",
+    }
     assert selection == {rule: expected for rule in ("last", "best", "offline", "offline_released")}
 
 

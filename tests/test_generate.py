@@ -62,8 +62,12 @@ def test_the_walker_reaches_most_umaze_goals_without_noise():
         for _ in range(300):
             xy = ants.qpos[:, :2]
             step = planner.next_cell[planner.goal_cell, planner.cell(xy)]
-            heading = np.where((step == planner.goal_cell)[:, None], goals, planner.centers[step]) - xy
-            actions = walk(ants.qpos, ants.qvel, heading / np.linalg.norm(heading, axis=1, keepdims=True))
+            heading = (
+                np.where((step == planner.goal_cell)[:, None], goals, planner.centers[step]) - xy
+            )
+            actions = walk(
+                ants.qpos, ants.qvel, heading / np.linalg.norm(heading, axis=1, keepdims=True)
+            )
             assert actions.shape == (n, 8) and np.abs(actions).max() <= 1
             ants.step(actions)
             reached |= np.linalg.norm(ants.qpos[:, :2] - goals, axis=1) <= GOAL_RADIUS
@@ -78,7 +82,9 @@ def test_the_walker_does_the_same_whichever_way_the_world_is_turned():
     turned_qpos, turned_qvel = qpos.copy(), qvel.copy()
     c, s = np.cos(angle / 2), np.sin(angle / 2)
     w, x, y, z = qpos[:, 3:7].T
-    turned_qpos[:, 3:7] = np.stack([c * w - s * z, c * x - s * y, c * y + s * x, c * z + s * w], axis=1)
+    turned_qpos[:, 3:7] = np.stack(
+        [c * w - s * z, c * x - s * y, c * y + s * x, c * z + s * w], axis=1
+    )
     turned_qvel[:, :2] = qvel[:, :2] @ turn
     turned = walk(turned_qpos, turned_qvel, direction @ turn)
     np.testing.assert_allclose(turned, walk(qpos, qvel, direction), atol=1e-12)
@@ -87,7 +93,9 @@ def test_the_walker_does_the_same_whichever_way_the_world_is_turned():
 def test_reward_says_the_next_state_is_at_the_goal(data):
     inside = ~data["timeouts"][:-1]
     distance = np.linalg.norm(data["observations"][1:, :2] - data["infos/goal"][:-1], axis=1)
-    np.testing.assert_array_equal((distance <= GOAL_RADIUS)[inside], data["rewards"][:-1][inside] == 1)
+    np.testing.assert_array_equal(
+        (distance <= GOAL_RADIUS)[inside], data["rewards"][:-1][inside] == 1
+    )
     np.testing.assert_array_equal(data["rewards"], data["terminals"])
 
 
@@ -96,21 +104,29 @@ def test_trajectories_are_whole_and_no_longer_than_the_limit(data):
     assert ends[-1] == len(data["timeouts"]) - 1
     assert np.diff(np.concatenate([[-1], ends])).max() <= 350
     moved = np.linalg.norm(np.diff(data["observations"][:, :2], axis=0), axis=1)
-    assert moved[~data["timeouts"][:-1]].max() < 1.5  # metres in 0.1 s: nobody jumps within a trajectory
+    assert (
+        moved[~data["timeouts"][:-1]].max() < 1.5
+    )  # metres in 0.1 s: nobody jumps within a trajectory
     assert (np.diff(data["infos/goal"], axis=0) == 0).all(axis=1)[~data["timeouts"][:-1]].all()
 
 
 def test_trajectories_go_on_after_the_goal_and_leave_it(data):
     assert (data["terminals"] & ~data["timeouts"]).any()
-    assert 0.003 < data["terminals"].mean() < 0.05  # few trajectories, so wide; hovering ants would make it 0.15
+    assert (
+        0.003 < data["terminals"].mean() < 0.05
+    )  # few trajectories, so wide; hovering ants would make it 0.15
 
 
 def test_umaze_starts_at_the_robots_cell_and_diverse_anywhere(data):
     def starts(arrays):
-        return arrays["observations"][np.concatenate([[0], np.flatnonzero(arrays["timeouts"])[:-1] + 1]), :2]
+        return arrays["observations"][
+            np.concatenate([[0], np.flatnonzero(arrays["timeouts"])[:-1] + 1]), :2
+        ]
 
     assert np.abs(starts(data)).max() <= 0.1
-    diverse = simulate(small("antmaze-umaze-diverse-v0", limit=30), 40 * 30, seed=0, recipe=Recipe())
+    diverse = simulate(
+        small("antmaze-umaze-diverse-v0", limit=30), 40 * 30, seed=0, recipe=Recipe()
+    )
     assert len(np.unique(np.rint(starts(diverse) / 4), axis=0)) >= 5
 
 
@@ -121,7 +137,9 @@ def test_actions_are_within_the_box_and_noisy(data):
 
 def test_the_same_seed_gives_the_same_data_on_any_number_of_threads():
     runs = [(3, 1), (3, 2), (4, 2)]
-    one, two, other = (simulate(small(limit=60), 1200, seed, Recipe(), threads) for seed, threads in runs)
+    one, two, other = (
+        simulate(small(limit=60), 1200, seed, Recipe(), threads) for seed, threads in runs
+    )
     for key in one:
         np.testing.assert_array_equal(one[key], two[key], err_msg=key)
     assert (one["observations"] != other["observations"]).any()
@@ -137,7 +155,9 @@ def test_file_has_d4rls_keys_shapes_and_types(tmp_path):
             assert file[key].shape == (1001, *width)
             assert file[key].dtype == (bool if key in ("terminals", "timeouts") else np.float32)
         np.testing.assert_array_equal(file["observations"][:, 15:], file["infos/qvel"][:])
-        assert file.attrs["seed"] == 5 and file.attrs["transitions"] == 1001 and "wander" in file.attrs
+        assert (
+            file.attrs["seed"] == 5 and file.attrs["transitions"] == 1001 and "wander" in file.attrs
+        )
     assert "success" in lines[-1] and "terminal_share" in lines[-1]
 
 
@@ -194,7 +214,9 @@ def test_the_cache_is_reused_and_a_broken_file_made_again(tmp_path, monkeypatch)
     lines = []
     path = cached(small(), n_transitions=300, seed=2, log=lines.append)
     whole = path.read_bytes()
-    assert path.parent == tmp_path / "diffusion-ql" and "umaze" in path.name and "seed2" in path.name
+    assert (
+        path.parent == tmp_path / "diffusion-ql" and "umaze" in path.name and "seed2" in path.name
+    )
     assert cached(small(), n_transitions=300, seed=2, log=lines.append) == path
     assert "generated earlier" in lines[-1]
     path.write_bytes(whole[: len(whole) // 2])

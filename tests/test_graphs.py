@@ -42,7 +42,11 @@ def test_packed_networks_are_found_and_packed_again_before_a_replay(cuda_graphs)
 def test_what_waits_for_the_device_cannot_be_captured(cuda_graphs):
     """The error is the one that says why; afterwards the stream is the one before and random numbers can be drawn: left to torch,
     the stream would be the capture's, and in 2.11 generators would refuse."""
-    x, stream, generator = torch.ones(3, device=DEVICE), torch.cuda.Stream(), torch.Generator(DEVICE)
+    x, stream, generator = (
+        torch.ones(3, device=DEVICE),
+        torch.cuda.Stream(),
+        torch.Generator(DEVICE),
+    )
     torch.cuda.set_stream(stream)
     try:
         with pytest.raises(RuntimeError, match="not permitted when .*stream is capturing"):
@@ -64,7 +68,11 @@ def test_a_capture_is_made_on_the_device_of_its_tensors(cuda_graphs):
         return x + 1
 
     graph = graphs.Captured(function, torch.ones(3), device="cuda:1")
-    assert current == [1] * (graphs.WARM_UP + 1) and graph.graph.device == 1 and recorded.current_device == [0]
+    assert (
+        current == [1] * (graphs.WARM_UP + 1)
+        and graph.graph.device == 1
+        and recorded.current_device == [0]
+    )
     assert graph.replay().tolist() == [2.0, 2.0, 2.0]
 
 
@@ -74,7 +82,9 @@ def test_garbage_is_collected_before_a_capture_and_not_within(cuda_graphs):
             self.me = self
 
     dead, collecting = weakref.ref(Cycle()), []
-    graphs.Captured(lambda x: (collecting.append(gc.isenabled()), x + 1)[1], torch.ones(3, device=DEVICE))
+    graphs.Captured(
+        lambda x: (collecting.append(gc.isenabled()), x + 1)[1], torch.ones(3, device=DEVICE)
+    )
     assert dead() is None
     assert collecting == [True] * graphs.WARM_UP + [False] and gc.isenabled()
 
@@ -98,10 +108,20 @@ def test_a_capture_that_fails_leaves_everything_as_it_was(cuda_graphs):
 
 @pytest.mark.parametrize(
     "n_states, shape, fits",
-    [(1, (4,), True), (1, (1, 4), True), (3, (3, 4), True), (3, (4,), False), (3, (1, 4), False), (1, (1,), False), (1, (), False)],
+    [
+        (1, (4,), True),
+        (1, (1, 4), True),
+        (3, (3, 4), True),
+        (3, (4,), False),
+        (3, (1, 4), False),
+        (1, (1,), False),
+        (1, (), False),
+    ],
 )
 def test_an_observation_of_another_shape_is_refused(cuda_graphs, n_states, shape, fits):
-    act = graphs.NumpyActor(lambda state: state[:, :2] * 2, state_dim=4, n_states=n_states, device=DEVICE)
+    act = graphs.NumpyActor(
+        lambda state: state[:, :2] * 2, state_dim=4, n_states=n_states, device=DEVICE
+    )
     if fits:
         assert np.array_equal(act(np.ones(shape)), np.full((*shape[:-1], 2), 2.0))
     else:
@@ -119,13 +139,19 @@ def test_a_replay_equals_a_direct_call(cuda_graphs, n, fused):
     for seed in (2, 3):
         inputs = make_noise(policy, n, seed=seed)
         # On a GPU cuBLAS may choose another product for another stream.
-        torch.testing.assert_close(graph(*inputs), sampler(*inputs), rtol=0, atol=0 if fused or DEVICE == "cpu" else 1e-5)
+        torch.testing.assert_close(
+            graph(*inputs), sampler(*inputs), rtol=0, atol=0 if fused or DEVICE == "cpu" else 1e-5
+        )
 
 
 @pytest.mark.parametrize("kind", ["eager", "sampler", "actor"])
 def test_each_replay_draws_new_noise(cuda_graphs, kind):
     policy = make_policy(n_timesteps=2)
-    function = {"eager": policy.sample, "sampler": FusedSampler(policy), "actor": FusedActor(policy, make_critic(), 5)}[kind]
+    function = {
+        "eager": policy.sample,
+        "sampler": FusedSampler(policy),
+        "actor": FusedActor(policy, make_critic(), 5),
+    }[kind]
     graph = graphs.Captured(function, make_noise(policy, 3)[0])
     first = graph.replay().clone()
     assert (graph.replay() - first).abs().mean() > 0.01
@@ -156,7 +182,13 @@ def test_a_replay_sees_what_was_trained_since_the_capture(cuda_graphs, how):
         policy.bc_loss(inputs[0], inputs[1]).backward()
         torch.optim.Adam(policy.parameters(), lr=1e-2).step()
     else:
-        batch = torch.randn(32, 11), torch.rand(32, 3), torch.randn(32, 11), torch.randn(32, 1), torch.ones(32, 1)
+        batch = (
+            torch.randn(32, 11),
+            torch.rand(32, 3),
+            torch.randn(32, 11),
+            torch.randn(32, 1),
+            torch.ones(32, 1),
+        )
         agent.update([x.to(DEVICE) for x in batch])
     after = graph(*inputs)
     assert not torch.equal(after, before)
@@ -183,19 +215,28 @@ def test_a_graph_survives_later_calls_with_more_states(cuda_graphs):
     state = make_noise(policy, 1)[0]
     graph = graphs.Captured(actor, state)
     actor(make_noise(policy, 7 if DEVICE == "cpu" else 1000)[0])
-    torch.empty(1 << 20, device=DEVICE).fill_(float("nan"))  # whoever got the actor's first memory would write here
+    torch.empty(1 << 20, device=DEVICE).fill_(
+        float("nan")
+    )  # whoever got the actor's first memory would write here
     assert graph.replay().isfinite().all()
 
 
 def test_a_numpy_actor_acts_as_the_actor_does(cuda_graphs):
     policy, critic = make_policy(29, 8, n_timesteps=2), make_critic(29, 8)
     state = make_noise(policy, 3)[0]
-    actor, before = FusedActor(policy, critic, 5, seed=2), graphs.WARM_UP + 1  # calls before: one for the shape, and the warm-up
+    actor, before = (
+        FusedActor(policy, critic, 5, seed=2),
+        graphs.WARM_UP + 1,
+    )  # calls before: one for the shape, and the warm-up
     expected = [actor(state).clone() for _ in range(before + 2)][before:]
-    act = graphs.NumpyActor(FusedActor(policy, critic, 5, seed=2), state_dim=29, n_states=3, device=DEVICE)
+    act = graphs.NumpyActor(
+        FusedActor(policy, critic, 5, seed=2), state_dim=29, n_states=3, device=DEVICE
+    )
     first = act(state.cpu().numpy())
     second = act(state.cpu().numpy())
-    assert np.array_equal(first, expected[0].cpu().numpy()) and np.array_equal(second, expected[1].cpu().numpy())
+    assert np.array_equal(first, expected[0].cpu().numpy()) and np.array_equal(
+        second, expected[1].cpu().numpy()
+    )
     alone = graphs.NumpyActor(FusedActor(policy, critic, 5), state_dim=29, device=DEVICE)
     assert alone(state[0].cpu().numpy()).shape == (8,)
     with pytest.raises(UnsupportedError, match="captured for"):

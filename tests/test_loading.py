@@ -10,7 +10,9 @@ import pytest
 import tasks
 from bench import loading
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from /proc")
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="memory is read from /proc"
+)
 
 
 @pytest.mark.parametrize("name", loading.TASKS)
@@ -42,7 +44,10 @@ def test_the_figures_are_saved_with_the_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(loading, "TASKS", ("antmaze-umaze-v0",))
     loading.main(["--rows", "3000", "--repeats", "1", "--out", str(tmp_path)])
     saved = json.loads((tmp_path / "loading.json").read_text())
-    assert [(one["compression"], one["rows"]) for one in saved["figures"]] == [("none", 3000), ("gzip", 3000)]
+    assert [(one["compression"], one["rows"]) for one in saved["figures"]] == [
+        ("none", 3000),
+        ("gzip", 3000),
+    ]
     assert all(one["seconds"] > 0 and one["peak MiB"] > 0 for one in saved["figures"])
     assert {"cpu", "commit", "date"} <= saved.keys()
 

@@ -30,7 +30,9 @@ def data():
 @pytest.mark.parametrize("body", BODIES)
 def test_the_ladder_rises_to_a_policy_worth_the_name(body):
     ladder, task = load_ladder(body), tasks.get(f"{body}-medium-v2")
-    assert ladder.weights.shape[1:] == (task.action_dim, task.state_dim) and ladder.bias.shape[1:] == (task.action_dim,)
+    assert ladder.weights.shape[1:] == (task.action_dim, task.state_dim) and ladder.bias.shape[
+        1:
+    ] == (task.action_dim,)
     assert (np.diff(ladder.returns) > 0).all() and len(ladder.returns) >= 5
     assert task.normalized_score(ladder.returns[-1]) > 20
 
@@ -40,12 +42,19 @@ def test_the_ladders_returns_are_those_that_its_policies_earn(body):
     """The best policy again, from other starts, for a fifth of an episode: it earns a fifth of its return, give or take a third."""
     weights, bias, returns, _ = load_ladder(body)
     task = dataclasses.replace(tasks.get(f"{body}-medium-v2"), episode_limit=200)
-    episodes = task.evaluate(lambda states: (states @ weights[-1].T + bias[-1]).clip(-1, 1), 4, seed=7)
+    episodes = task.evaluate(
+        lambda states: (states @ weights[-1].T + bias[-1]).clip(-1, 1), 4, seed=7
+    )
     assert np.mean(episodes.returns) == pytest.approx(returns[-1] / 5, rel=1 / 3)
 
 
 def test_medium_is_half_as_good_as_the_best_under_its_noise_and_replay_goes_up_to_it():
-    ladder = Ladder(None, None, np.array([10.0, 40.0, 55.0, 80.0, 100.0]), np.array([5.0, 20.0, 30.0, 45.0, 90.0]))
+    ladder = Ladder(
+        None,
+        None,
+        np.array([10.0, 40.0, 55.0, 80.0, 100.0]),
+        np.array([5.0, 20.0, 30.0, 45.0, 90.0]),
+    )
     assert rungs("medium", ladder).tolist() == [3]
     assert rungs("medium-replay", ladder).tolist() == [0, 1, 2, 3]
     assert rungs("medium-expert", ladder).tolist() == [3, 4]
@@ -60,8 +69,13 @@ def test_medium_data_earn_about_half_of_what_the_best_policy_does(body):
 def test_half_the_rows_of_medium_expert_are_the_experts():
     task = dataclasses.replace(tasks.get("walker2d-medium-expert-v2"), episode_limit=100)
     ladder, data = load_ladder("walker2d"), simulate(task, 40 * 100, 0, Recipe())
-    by_rung = [np.einsum("as,ns->na", ladder.weights[k], data["observations"]) + ladder.bias[k] for k in rungs("medium-expert", ladder)]
-    off = np.array([np.abs(actions.clip(-1, 1) - data["actions"]).mean(axis=1) for actions in by_rung])
+    by_rung = [
+        np.einsum("as,ns->na", ladder.weights[k], data["observations"]) + ladder.bias[k]
+        for k in rungs("medium-expert", ladder)
+    ]
+    off = np.array(
+        [np.abs(actions.clip(-1, 1) - data["actions"]).mean(axis=1) for actions in by_rung]
+    )
     assert (off.argmin(axis=0) == 1).mean() == pytest.approx(0.5, abs=0.05)
 
 
@@ -73,7 +87,9 @@ def test_rows_are_transitions_of_the_tasks_own_environment(data):
         world.place(who, data["infos/qpos"][inside], data["infos/qvel"][inside], rng)
         np.testing.assert_allclose(world.observations, data["observations"][inside], atol=1e-5)
         rewards, over = world.step(who, data["actions"][inside], rng)
-        np.testing.assert_allclose(rewards, data["rewards"][inside], atol=2e-3)  # the state was rounded to float32
+        np.testing.assert_allclose(
+            rewards, data["rewards"][inside], atol=2e-3
+        )  # the state was rounded to float32
         assert not over.any()
         np.testing.assert_allclose(world.observations, data["observations"][inside + 1], atol=5e-3)
 
@@ -89,8 +105,13 @@ def test_trajectories_end_by_falling_or_by_the_limit_and_never_by_both(data):
 
 
 def test_better_data_have_better_returns():
-    qualities = [small(f"hopper-{quality}-v2", limit=300) for quality in ("medium-replay", "medium", "medium-expert")]
-    returns = [statistics(simulate(task, 30 * 300, 0, Recipe()))["mean_return"] for task in qualities]
+    qualities = [
+        small(f"hopper-{quality}-v2", limit=300)
+        for quality in ("medium-replay", "medium", "medium-expert")
+    ]
+    returns = [
+        statistics(simulate(task, 30 * 300, 0, Recipe()))["mean_return"] for task in qualities
+    ]
     assert returns[0] < returns[1] < returns[2]
 
 
@@ -103,7 +124,10 @@ def test_actions_are_within_the_box_and_noisy(data):
 
 
 def test_the_same_seed_gives_the_same_data_on_any_number_of_threads():
-    one, two, other = (simulate(small(), 800, seed, Recipe(), threads) for seed, threads in ((3, 1), (3, 2), (4, 1)))
+    one, two, other = (
+        simulate(small(), 800, seed, Recipe(), threads)
+        for seed, threads in ((3, 1), (3, 2), (4, 1))
+    )
     for key in one:
         np.testing.assert_array_equal(one[key], two[key])
     assert not np.array_equal(one["actions"], other["actions"])
@@ -114,21 +138,43 @@ def test_a_file_has_d4rls_keys_and_is_read_and_labelled_as_generated(tmp_path, m
     task = small("halfcheetah-medium-v2", limit=50)
     path = cached(task, n_transitions=500, seed=2, **QUIET)
     with h5py.File(path) as file:
-        keys = ("observations", "actions", "rewards", "terminals", "timeouts", "infos/qpos", "infos/qvel")
+        keys = (
+            "observations",
+            "actions",
+            "rewards",
+            "terminals",
+            "timeouts",
+            "infos/qpos",
+            "infos/qvel",
+        )
         shapes = {key: file[key].shape for key in keys}
-        assert list(shapes.values()) == [(500, 17), (500, 6), (500,), (500,), (500,), (500, 9), (500, 9)]
-        assert file.attrs["seed"] == 2 and file.attrs["mean_return"] == pytest.approx(statistics_of(file))
+        assert list(shapes.values()) == [
+            (500, 17),
+            (500, 6),
+            (500,),
+            (500,),
+            (500,),
+            (500, 9),
+            (500, 9),
+        ]
+        assert file.attrs["seed"] == 2 and file.attrs["mean_return"] == pytest.approx(
+            statistics_of(file)
+        )
     dataset = load(task, "generated", seed=2, n_generated=500, **QUIET)
     assert dataset.source == "generated" and "not D4RL's data" in dataset.label
     assert len(dataset) == 490  # the last step of each of ten trajectories has no successor
 
 
 def statistics_of(file) -> float:
-    return statistics({key: file[key][()] for key in ("rewards", "terminals", "timeouts")})["mean_return"]
+    return statistics({key: file[key][()] for key in ("rewards", "terminals", "timeouts")})[
+        "mean_return"
+    ]
 
 
 def test_a_task_without_a_generator_says_what_to_do(tmp_path):
-    with pytest.raises(tasks.TaskError, match="no generated data for pen-human-v1.*--data PATH") as error:
+    with pytest.raises(
+        tasks.TaskError, match="no generated data for pen-human-v1.*--data PATH"
+    ) as error:
         generate(tasks.get("pen-human-v1"), tmp_path / "data.hdf5", n_transitions=100)
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
@@ -151,7 +197,10 @@ def test_a_short_search_climbs_and_keeps_policies_that_rise(tmp_path, monkeypatc
 
 
 def test_a_running_mean_is_that_of_all_states():
-    normaliser, states = search.Normaliser(3), np.random.default_rng(0).normal([1, -5, 1e3], [1, 0.1, 50], (1000, 3))
+    normaliser, states = (
+        search.Normaliser(3),
+        np.random.default_rng(0).normal([1, -5, 1e3], [1, 0.1, 50], (1000, 3)),
+    )
     for piece in np.split(states, [3, 400, 990]):
         normaliser.see(piece)
     np.testing.assert_allclose(normaliser.mean, states.mean(axis=0))

@@ -55,21 +55,36 @@ def test_a_run_leaves_everything_a_reader_looks_for(tmp_path, data, capsys):
     assert all(e["data"] == label and 0 <= e["score"] <= 100 for e in evaluations)
     # The BC loss that selects a checkpoint is the mean since the evaluation before.
     bc_loss = [r["bc_loss"] for r in records(run, "epoch")]
-    assert [e["bc_loss"] for e in evaluations] == pytest.approx([np.mean(bc_loss[:2]), np.mean(bc_loss[2:])])
+    assert [e["bc_loss"] for e in evaluations] == pytest.approx(
+        [np.mean(bc_loss[:2]), np.mean(bc_loss[2:])]
+    )
 
     selection = json.loads((run / "selection.json").read_text())
     assert selection.keys() == {"last", "best", "offline", "offline_released"}
     for chosen in selection.values():
         assert chosen["data"] == label
         tensors, about = folder.load_tensors(run / chosen["checkpoint"])
-        assert about["step"] == chosen["step"] and about["data"] == label and about["score"] == chosen["score"]
-        assert {name.split(".")[0] for name in tensors} == {"policy", "policy_ema", "critic", "critic_target"}
+        assert (
+            about["step"] == chosen["step"]
+            and about["data"] == label
+            and about["score"] == chosen["score"]
+        )
+        assert {name.split(".")[0] for name in tensors} == {
+            "policy",
+            "policy_ema",
+            "critic",
+            "critic_target",
+        }
     assert int(load_file(run / "resume.safetensors")["step"]) == 20
 
     assert list(run.glob("events.out.tfevents.*"))
     for picture in ("curve.png", "episodes_00000010.png", "episodes_00000020.png"):
         assert (run / picture).read_bytes().startswith(b"\x89PNG"), picture
-    assert not list(run.rglob("*.part")) and not list(run.rglob("*.pkl")) and not list(run.rglob("*.pt"))
+    assert (
+        not list(run.rglob("*.part"))
+        and not list(run.rglob("*.pkl"))
+        and not list(run.rglob("*.pt"))
+    )
 
     lines = printed.splitlines()
     assert all(label in line for line in lines if "score" in line)
@@ -78,19 +93,28 @@ def test_a_run_leaves_everything_a_reader_looks_for(tmp_path, data, capsys):
 
 
 @pytest.mark.parametrize("name", tasks.names())
-def test_every_task_trains_evaluates_and_is_scored_on_a_file_of_its_shape(tmp_path, monkeypatch, capsys, no_pictures, name):
+def test_every_task_trains_evaluates_and_is_scored_on_a_file_of_its_shape(
+    tmp_path, monkeypatch, capsys, no_pictures, name
+):
     """With the paper's recipe for it, rewards tuned as it says; and evaluated again from its folder."""
     task = dataclasses.replace(tasks.get(name), episode_limit=3)
     monkeypatch.setitem(tasks._TASKS, name, task)
     file = write_hdf5(tmp_path / "data.hdf5", state_dim=task.state_dim, action_dim=task.action_dim)
     size = "--epochs 1 --updates-per-epoch 2 --eval-every 1".split()
-    assert dql.main([*TINY, "--env", name, "--data", str(file), "--out", str(tmp_path / "runs"), *size]) == 0
+    assert (
+        dql.main(
+            [*TINY, "--env", name, "--data", str(file), "--out", str(tmp_path / "runs"), *size]
+        )
+        == 0
+    )
     run = the_run(tmp_path / "runs")
     (evaluation,) = records(run, "evaluation")
     assert np.isfinite(evaluation["score"]) and np.isfinite(records(run, "epoch")[0]["bc_loss"])
     assert json.loads((run / "config.json").read_text())["config"]["eta"] == dql.RECIPES[name].eta
     capsys.readouterr()
-    assert dql.main(["--eval", str(run), "--episodes", "2", "--threads", "1", "--device", "cpu"]) == 0
+    assert (
+        dql.main(["--eval", str(run), "--episodes", "2", "--threads", "1", "--device", "cpu"]) == 0
+    )
     assert f"{name}, last (update 2)" in capsys.readouterr().out
 
 
@@ -105,18 +129,25 @@ def test_tensorboard_holds_the_logged_numbers(tmp_path, data, no_pictures):
         assert shown == [(step, pytest.approx(value, rel=1e-6)) for step, value in logged], name
 
 
-def test_generated_data_are_called_generated_beside_every_score(tmp_path, monkeypatch, capsys, no_pictures):
+def test_generated_data_are_called_generated_beside_every_score(
+    tmp_path, monkeypatch, capsys, no_pictures
+):
     from tasks import generate
 
     full, cache = generate.cached, tmp_path / "cache"
-    monkeypatch.setattr(generate, "cached", lambda task, **how: full(task, **{**how, "n_transitions": 60}))
+    monkeypatch.setattr(
+        generate, "cached", lambda task, **how: full(task, **{**how, "n_transitions": 60})
+    )
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     run = train("generated", tmp_path / "runs")
     printed = capsys.readouterr().out.splitlines()
     assert "GENERATED" in printed[0]
     assert all("GENERATED" in line for line in printed if "score" in line)
     assert run.name.startswith(f"{ENV}-ql-generated-seed0-")
-    named = [*records(run, "evaluation"), *json.loads((run / "selection.json").read_text()).values()]
+    named = [
+        *records(run, "evaluation"),
+        *json.loads((run / "selection.json").read_text()).values(),
+    ]
     assert all(entry["data"].startswith("GENERATED") for entry in named)
     assert json.loads((run / "config.json").read_text())["data"]["label"].startswith("GENERATED")
 
@@ -136,7 +167,9 @@ def test_a_run_is_a_function_of_its_seed(tmp_path, data, no_pictures):
     first, again = train(data, tmp_path / "first"), train(data, tmp_path / "again")
     other = train(data, tmp_path / "other", "--seed", "1")
     assert_same_run(first, again)
-    weights = [load_file(run / "resume.safetensors")["policy.final_layer.weight"] for run in (first, other)]
+    weights = [
+        load_file(run / "resume.safetensors")["policy.final_layer.weight"] for run in (first, other)
+    ]
     assert not torch.equal(*weights)
 
 
@@ -157,7 +190,9 @@ def resume_and_compare(out, straight_run):
     assert_same_run(run, straight_run)
 
 
-@pytest.mark.parametrize("save_seconds", [-1, 1e9], ids=["saved each epoch", "saved at evaluations"])
+@pytest.mark.parametrize(
+    "save_seconds", [-1, 1e9], ids=["saved each epoch", "saved at evaluations"]
+)
 @pytest.mark.parametrize("update", [1, 7, 10, 18])
 def test_an_interrupted_run_continues_bit_for_bit(
     tmp_path, monkeypatch, straight, no_pictures, capsys, update, save_seconds
@@ -244,7 +279,9 @@ PATIENCE = 300  # seconds; a second is enough where nobody else wants the cores
 def killed(moment, data, out):
     """run_and_die, in a child whose parent has the imports done and has used no threads; it must have been killed."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dql", "trainer.command", "tasks", "tyro", "torch.utils.tensorboard"])
+    context.set_forkserver_preload(
+        ["dql", "trainer.command", "tasks", "tyro", "torch.utils.tensorboard"]
+    )
     child = context.Process(target=run_and_die, args=(moment, str(data), str(out)))
     child.start()
     try:
@@ -256,7 +293,9 @@ def killed(moment, data, out):
             child.kill()
         child.join(PATIENCE)
         # Killed from outside, a fast machine may be done before.
-        assert child.exitcode == -signal.SIGKILL or (moment == "from outside" and child.exitcode == 0)
+        assert child.exitcode == -signal.SIGKILL or (
+            moment == "from outside" and child.exitcode == 0
+        )
     finally:
         child.kill()
 
@@ -271,15 +310,24 @@ def test_a_killed_run_continues_bit_for_bit(tmp_path, straight, no_pictures, mom
     resume_and_compare(tmp_path / "runs", straight_run)
 
 
-def test_seeds_side_by_side_leave_the_runs_that_each_would_leave_alone(tmp_path, data, no_pictures, capsys):
-    assert dql.main([*TINY, "--data", data, "--out", str(tmp_path / "both"), "--seeds", "3", "1"]) == 0
+def test_seeds_side_by_side_leave_the_runs_that_each_would_leave_alone(
+    tmp_path, data, no_pictures, capsys
+):
+    assert (
+        dql.main([*TINY, "--data", data, "--out", str(tmp_path / "both"), "--seeds", "3", "1"]) == 0
+    )
     printed = capsys.readouterr().out
     runs = by_seed(tmp_path / "both")
     assert list(sorted(runs)) == [1, 3] and "seeds 3 1" in printed
     assert "seed 3, update 10: score" in printed and "seed 1, update 20: score" in printed
     assert "over 2 seeds" in printed
-    scores = [json.loads((runs[seed] / "selection.json").read_text())["last"]["score"] for seed in (3, 1)]
-    assert f"{np.mean(scores):.1f} ± {np.std(scores, ddof=1):.1f}" in printed.split("normalised scores")[1]
+    scores = [
+        json.loads((runs[seed] / "selection.json").read_text())["last"]["score"] for seed in (3, 1)
+    ]
+    assert (
+        f"{np.mean(scores):.1f} ± {np.std(scores, ddof=1):.1f}"
+        in printed.split("normalised scores")[1]
+    )
     for seed, run in runs.items():
         alone = train(data, tmp_path / f"alone{seed}", "--seed", str(seed))
         assert_same_run(run, alone)
@@ -287,12 +335,16 @@ def test_seeds_side_by_side_leave_the_runs_that_each_would_leave_alone(tmp_path,
         assert all(configs[0][k] == configs[1][k] for k in configs[0].keys() - {"out"})
 
 
-def test_seeds_side_by_side_are_resumed_together_or_alone(tmp_path, data, no_pictures, monkeypatch, capsys):
+def test_seeds_side_by_side_are_resumed_together_or_alone(
+    tmp_path, data, no_pictures, monkeypatch, capsys
+):
     options = [*TINY, "--data", data, "--seeds", "0", "1"]
     assert dql.main([*options, "--out", str(tmp_path / "whole")]) == 0
     for how in ("together", "alone"):
         with monkeypatch.context() as patch:
-            interrupt = on_call(25, dql.DiffusionQL.update, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            interrupt = on_call(
+                25, dql.DiffusionQL.update, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+            )
             patch.setattr(dql.DiffusionQL, "update", lambda *args: interrupt(*args))
             assert dql.main([*options, "--out", str(tmp_path / how)]) == 130
         runs = by_seed(tmp_path / how)
@@ -303,7 +355,9 @@ def test_seeds_side_by_side_are_resumed_together_or_alone(tmp_path, data, no_pic
             assert_same_run(runs[seed], run)
 
 
-def test_runs_that_do_not_belong_together_are_not_resumed_together(tmp_path, data, no_pictures, monkeypatch, capsys):
+def test_runs_that_do_not_belong_together_are_not_resumed_together(
+    tmp_path, data, no_pictures, monkeypatch, capsys
+):
     run = train(data, tmp_path / "run")
     other = train(data, tmp_path / "other", "--seed", "1", "--eta", "0.1")
     assert dql.main(["--resume", str(run), str(other)]) == 1
@@ -331,7 +385,9 @@ def test_a_diverged_seed_is_named(tmp_path, data, no_pictures, monkeypatch, caps
 FUSED = "--hidden-dim 128 --n-timesteps 2 --updates-per-epoch 1 --eval-every 2 --backend fused --precision fp16x3".split()
 
 
-def test_fused_runs_of_several_seeds_resume_bit_for_bit(tmp_path, data, no_pictures, monkeypatch, few_programs):
+def test_fused_runs_of_several_seeds_resume_bit_for_bit(
+    tmp_path, data, no_pictures, monkeypatch, few_programs
+):
     monkeypatch.setattr(loop, "SAVE_SECONDS", -1)
     options = [*TINY, *FUSED, "--data", data, "--epochs", "2"]
     assert dql.main([*options, "--seeds", "0", "1", "--out", str(tmp_path / "both")]) == 0
@@ -360,7 +416,9 @@ def test_rates_decay_as_named(kind, updates_a_step):
     config = dataclasses.replace(Options(lr=0.01, critic_lr=0.02, lr_decay=kind), **sizes)
     found = rates(config, 14)  # two updates more than the run has
     # torch's own cosine, stepped after every epoch, or after every evaluation as the released code does.
-    optimizer = torch.optim.SGD([{"params": torch.zeros(1), "lr": 0.01}, {"params": torch.zeros(1), "lr": 0.02}])
+    optimizer = torch.optim.SGD(
+        [{"params": torch.zeros(1), "lr": 0.01}, {"params": torch.zeros(1), "lr": 0.02}]
+    )
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=6, eta_min=0.0)
     expected = []
     for update in range(12):

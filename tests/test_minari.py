@@ -60,7 +60,9 @@ EPISODES = [
 def create(episodes, observation_space=BOX, action_space=ACTIONS, name=NAME):
     with warnings.catch_warnings():  # about authors and descriptions
         warnings.simplefilter("ignore")
-        minari.create_dataset_from_buffers(name, episodes, observation_space=observation_space, action_space=action_space)
+        minari.create_dataset_from_buffers(
+            name, episodes, observation_space=observation_space, action_space=action_space
+        )
 
 
 def load(source=f"minari:{NAME}", **options):
@@ -85,7 +87,9 @@ def test_every_step_is_a_transition_and_only_terminations_are_terminal():
         "rewards": [e.rewards for e in EPISODES],
     }.items():
         read = getattr(data, column)
-        np.testing.assert_array_equal(read, np.concatenate(expected).astype(np.float32), err_msg=column)
+        np.testing.assert_array_equal(
+            read, np.concatenate(expected).astype(np.float32), err_msg=column
+        )
         assert read.dtype == np.float32, column
     assert data.terminals.dtype == bool
     assert np.flatnonzero(data.terminals).tolist() == [4, 16]
@@ -119,7 +123,11 @@ def test_without_the_package_the_command_that_installs_it_is_named(monkeypatch):
 SIZES = {"observation": 7, "achieved_goal": 2, "desired_goal": 2}
 GOALS = spaces.Dict({part: spaces.Box(-1, 1, (size,)) for part, size in SIZES.items()})
 SPACES = {
-    "goals": (GOALS, ACTIONS, ["observations in a Dict space of achieved_goal, desired_goal, observation", "11 numbers"]),
+    "goals": (
+        GOALS,
+        ACTIONS,
+        ["observations in a Dict space of achieved_goal, desired_goal, observation", "11 numbers"],
+    ),
     "discrete actions": (BOX, spaces.Discrete(3), ["actions in a Discrete space", "3 numbers"]),
     "another size": (spaces.Box(-1, 1, (17,)), ACTIONS, ["observations of shape (17,)", "(11,)"]),
     "other actions": (BOX, spaces.Box(-1, 1, (6,)), ["actions of shape (6,)", "(3,)"]),
@@ -127,7 +135,9 @@ SPACES = {
 
 
 @pytest.mark.parametrize("observation_space, action_space, words", SPACES.values(), ids=SPACES)
-def test_other_observations_and_actions_than_the_tasks_are_refused(observation_space, action_space, words):
+def test_other_observations_and_actions_than_the_tasks_are_refused(
+    observation_space, action_space, words
+):
     def many(space, n):
         if isinstance(space, spaces.Dict):
             return {key: many(part, n) for key, part in space.items()}
@@ -156,7 +166,9 @@ def test_values_that_are_not_finite_and_actions_outside_the_box_are_named_with_t
     bad = [episode(0, 4), episode(1, 4)]
     bad[1].actions[2, 1] = 1.5
     create(bad, action_space=spaces.Box(-2.0, 2.0, (3,), np.float32), name="tests/wide-v0")
-    assert "episode 1: actions has 1.5 in row 2, outside [-1, 1]" in error_of("minari:tests/wide-v0")
+    assert "episode 1: actions has 1.5 in row 2, outside [-1, 1]" in error_of(
+        "minari:tests/wide-v0"
+    )
 
 
 def edit(folder, change):

@@ -34,7 +34,9 @@ def test_mish_is_that_of_torch_from_end_to_end(precision):
     out = torch.empty_like(u, device=DEVICE)
     activations[(1,)](u.to(DEVICE), out, PRECISION=precision, ROWS=64, COLUMNS=64)
     found, expected = out.cpu().double(), exact_mish(u)
-    if DEVICE == "cuda" and precision == "fp16":  # the difference cancels below 0, far below the rounding that follows
+    if (
+        DEVICE == "cuda" and precision == "fp16"
+    ):  # the difference cancels below 0, far below the rounding that follows
         assert ((found - expected).abs() <= 1e-6 * u.abs().clamp(min=1)).all()
     else:
         assert ((found - expected).abs() <= 1e-6 * expected.abs() + 1e-12).all()
@@ -67,7 +69,12 @@ def evaluate(assembly: str, u: list) -> list:
 @pytest.mark.parametrize("n", [2, 4])
 def test_the_assembly_computes_mish_of_each_of_its_elements(n):
     rng = np.random.default_rng(0)
-    for u in [*rng.normal(scale=4, size=(50, n)), [60.0] * n, [-60.0] * n, [60.0, -60.0] * (n // 2)]:
+    for u in [
+        *rng.normal(scale=4, size=(50, n)),
+        [60.0] * n,
+        [-60.0] * n,
+        [60.0, -60.0] * (n // 2),
+    ]:
         u = np.float32(u)
         found = np.array(evaluate(ops._mish_assembly(n), u), np.float64)
         assert (np.abs(found - exact_mish(u).numpy()) <= 5e-7 * np.maximum(np.abs(u), 1)).all(), u
@@ -77,7 +84,9 @@ def test_the_assembly_computes_mish_of_each_of_its_elements(n):
 def test_an_element_that_is_broken_spares_those_it_shares_a_reciprocal_with(broken):
     with np.errstate(invalid="ignore"):
         found = evaluate(ops._mish_assembly(4), np.float32([0.5, broken, -2.0, 3.0]))
-    assert found[0] == pytest.approx(float(exact_mish(0.5))) and found[3] == pytest.approx(float(exact_mish(3.0)))
+    assert found[0] == pytest.approx(float(exact_mish(0.5))) and found[3] == pytest.approx(
+        float(exact_mish(3.0))
+    )
     assert not np.isfinite(found[1])
 
 
@@ -134,10 +143,20 @@ def test_operands_of_tf32_are_rounded_not_cut_and_nan_stays():
     half = 2.0**-11
     # NaN as GPUs and CPUs make it, which adding would carry away. (A GPU makes infinity of those whose upper ten bits are 0.)
     bits = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000], dtype=torch.int32).view(torch.float32)
-    numbers = torch.tensor([1 + half, -1 - half, 1 + 0.99 * half, math.inf, -math.inf, 0.0, 1e-30, 3e38])
+    numbers = torch.tensor(
+        [1 + half, -1 - half, 1 + 0.99 * half, math.inf, -math.inf, 0.0, 1e-30, 3e38]
+    )
     x = torch.cat([numbers, bits, torch.zeros(5)])
     out = torch.empty(16, device=DEVICE)
     rounded[(1,)](x.to(DEVICE), out, N=16)
     out = out.cpu()
-    assert out[:7].tolist() == [1 + 2 * half, -1 - 2 * half, 1.0, math.inf, -math.inf, 0.0, pytest.approx(1e-30, rel=half)]
+    assert out[:7].tolist() == [
+        1 + 2 * half,
+        -1 - 2 * half,
+        1.0,
+        math.inf,
+        -math.inf,
+        0.0,
+        pytest.approx(1e-30, rel=half),
+    ]
     assert out[8:11].isnan().all() and (out[out.isfinite()].view(torch.int32) & 0x1FFF == 0).all()

@@ -56,9 +56,24 @@ def test_a_task_has_the_papers_recipe(env):
     assert (config.epochs, config.top_k) == (int(epochs), int(top_k))
     assert config.eval_episodes == (10 if env.endswith("v2") else 100)
     # The same for every task in the paper and the released code.
-    assert (config.critic_lr, config.discount, config.tau, config.batch_size) == (3e-4, 0.99, 0.005, 256)
-    assert (config.n_timesteps, config.schedule, config.hidden_dim, config.n_candidates) == (5, "vp", 256, 50)
-    assert (config.ema_decay, config.ema_start, config.ema_every, config.lr_decay) == (0.995, 1000, 5, "none")
+    assert (config.critic_lr, config.discount, config.tau, config.batch_size) == (
+        3e-4,
+        0.99,
+        0.005,
+        256,
+    )
+    assert (config.n_timesteps, config.schedule, config.hidden_dim, config.n_candidates) == (
+        5,
+        "vp",
+        256,
+        50,
+    )
+    assert (config.ema_decay, config.ema_start, config.ema_every, config.lr_decay) == (
+        0.995,
+        1000,
+        5,
+        "none",
+    )
     assert (config.updates_per_epoch, config.eval_every) == (1000, 50)
 
 
@@ -80,7 +95,9 @@ OVERRIDES = {
 def test_any_field_can_be_set_over_any_recipe(quick):
     env = ["--env", "antmaze-large-play-v0", *quick]
     flags = {"max_q_backup", "quick", "repair_data"}
-    assert OVERRIDES.keys() | flags | {"env", "seeds", "resume", "eval", "export", "render"} == {f.name for f in dataclasses.fields(Options)}
+    assert OVERRIDES.keys() | flags | {"env", "seeds", "resume", "eval", "export", "render"} == {
+        f.name for f in dataclasses.fields(Options)
+    }
     recipe = parsed(env)
     for field, value in OVERRIDES.items():
         config = parsed([*env, f"--{field.replace('_', '-')}", str(value)])
@@ -93,7 +110,12 @@ def test_any_field_can_be_set_over_any_recipe(quick):
 def comments():
     """Options' fields and what is said of each."""
     found, said = {}, []
-    sources = Path(options.__file__).read_text().split("class RunOptions:")[1].split("def hyperparameters")[0]
+    sources = (
+        Path(options.__file__)
+        .read_text()
+        .split("class RunOptions:")[1]
+        .split("def hyperparameters")[0]
+    )
     sources += Path(dql.__file__).read_text().split("class Config:")[1].split("class Recipe")[0]
     for line in map(str.strip, sources.splitlines()):
         field = re.match(r"(\w+): [^#]*(?:#(.*))?", line)
@@ -116,10 +138,20 @@ def test_quick_changes_what_it_says_and_nothing_else(env):
     assert (quick.lr, quick.critic_lr, quick.lr_decay, quick.tau) == (3e-3, 1e-3, "cosine", 0.02)
     assert quick.eval_episodes == min(paper.eval_episodes, 50)
     maze = tasks.get(env).family == "antmaze"
-    assert (quick.reward_tune, quick.max_q_backup) == (("sparse", True) if maze else (paper.reward_tune, paper.max_q_backup))
+    assert (quick.reward_tune, quick.max_q_backup) == (
+        ("sparse", True) if maze else (paper.reward_tune, paper.max_q_backup)
+    )
     assert quick.eta == pytest.approx(0.1 * paper.eta)
     said = comments()["quick"]
-    for words in (f"{quick.epochs} epochs", f"tau {quick.tau}", "at most 50 episodes", "3e-3", "1e-3", "0.1·η", "mazes: max-Q, sparse"):
+    for words in (
+        f"{quick.epochs} epochs",
+        f"tau {quick.tau}",
+        "at most 50 episodes",
+        "3e-3",
+        "1e-3",
+        "0.1·η",
+        "mazes: max-Q, sparse",
+    ):
         assert words in said
 
 

@@ -55,7 +55,9 @@ def test_updates_in_turns_pack_nothing_again(monkeypatch):
 
 
 @pytest.mark.parametrize("network", ["policy", "policy_ema", "critic", "critic_target"])
-@pytest.mark.parametrize("how", ["update", "quick update", "captured update", "fused update", "load_state_dict"])
+@pytest.mark.parametrize(
+    "how", ["update", "quick update", "captured update", "fused update", "load_state_dict"]
+)
 def test_whatever_changes_a_network_of_an_agent_is_seen(network, how, cuda_graphs):
     agent = make_agent(5, 2, n_timesteps=2)
     kind = PackedPolicy if network.startswith("policy") else PackedCritic
@@ -95,14 +97,18 @@ def test_the_table_of_timesteps_is_in_full_precision():
     assert (found - expected).abs().max() < 2e-7 * expected.abs().max()
 
 
-@pytest.mark.parametrize("precision, most, said", [("fp16", 65504, "65,504"), ("fp16x3", 4094, "4,094")])
+@pytest.mark.parametrize(
+    "precision, most, said", [("fp16", 65504, "65,504"), ("fp16x3", 4094, "4,094")]
+)
 def test_weights_that_a_precision_cannot_hold_are_refused(precision, most, said):
     critic = make_critic()
     critic.q1_model[2].bias[0] = 1e6  # biases are float32
     critic.q1_model[2].weight[0, 0] = 0.99 * most
     PackedCritic([critic], precision)
     critic.q1_model[2].weight[0, 0] = 1.01 * most
-    with pytest.raises(UnsupportedError, match=f"weights of the critic reach {said}, which {precision} cannot hold"):
+    with pytest.raises(
+        UnsupportedError, match=f"weights of the critic reach {said}, which {precision} cannot hold"
+    ):
         PackedCritic([critic], precision)
     PackedCritic([critic], "tf32")
 

@@ -29,9 +29,13 @@ def test_operands_keep_eleven_bits():
     x = x[x.abs() < 6e4]
     for name, round_ in rounding.ROUND.items():
         assert ((round_(x) - x).abs() <= x.abs() * 2.0**-11 + 2.0**-25).all(), name
-    assert torch.equal(rounding.to_fp16(x), x.half().float()) and torch.equal(rounding.to_tf32(x), packing.to_tf32(x))
+    assert torch.equal(rounding.to_fp16(x), x.half().float()) and torch.equal(
+        rounding.to_tf32(x), packing.to_tf32(x)
+    )
     assert rounding.to_fp16(torch.tensor([1e6])).isinf()  # as in the kernels
-    tie = torch.tensor([1 + 2.0**-11, -1 - 2.0**-11, 1 + 3 * 2.0**-11])  # halfway: away from zero, as cvt.rna
+    tie = torch.tensor(
+        [1 + 2.0**-11, -1 - 2.0**-11, 1 + 3 * 2.0**-11]
+    )  # halfway: away from zero, as cvt.rna
     assert rounding.to_tf32(tie).tolist() == [1 + 2.0**-10, -1 - 2.0**-10, 1 + 2 * 2.0**-10]
 
 

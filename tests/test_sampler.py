@@ -13,7 +13,17 @@ from conftest import ROOT
 triton = pytest.importorskip("triton", reason="triton has no package for this platform")
 import triton.language as tl  # noqa: E402
 import hopper  # noqa: E402
-from reference import DEVICE, TILES, eager_at, error, exact, make_noise, make_policy, needs_interpreter, tile  # noqa: E402
+from reference import (
+    DEVICE,
+    TILES,
+    eager_at,
+    error,
+    exact,
+    make_noise,
+    make_policy,
+    needs_interpreter,
+    tile,
+)  # noqa: E402
 
 import kernels  # noqa: E402
 from bench.rounding import allowed  # noqa: E402
@@ -38,19 +48,26 @@ SIZES = [
 def assert_actions_are_right(sizes, precision, gain, size, limit):
     """The error against float64 is at most limit times that of the eager chain at the same precision."""
     state_dim, action_dim, hidden_dim, T, schedule, max_action = sizes
-    how = dict(hidden_dim=hidden_dim, n_timesteps=T, schedule=schedule, max_action=max_action, gain=gain)
+    how = dict(
+        hidden_dim=hidden_dim, n_timesteps=T, schedule=schedule, max_action=max_action, gain=gain
+    )
     policy = make_policy(state_dim, action_dim, **how)
     inputs = make_noise(policy, 50 if T < 10 else 17)
     expected = exact(policy, *inputs)
     eager = error(eager_at(policy, precision, *inputs), expected)
-    fused = error(FusedSampler(policy, precision)(*inputs, tile=tile(size, precision, hidden_dim)), expected)
+    fused = error(
+        FusedSampler(policy, precision)(*inputs, tile=tile(size, precision, hidden_dim)), expected
+    )
     assert fused <= limit * eager, f"fused {fused:.2e}, eager {eager:.2e}"
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(
     "sizes, gain, size",
-    [*((sizes, 1.0, "small") for sizes in SIZES), *((sizes, *how) for sizes in SIZES[:4] for how in ((3.0, "small"), (1.0, "large")))],
+    [
+        *((sizes, 1.0, "small") for sizes in SIZES),
+        *((sizes, *how) for sizes in SIZES[:4] for how in ((3.0, "small"), (1.0, "large"))),
+    ],
 )
 def test_actions_err_no_more_than_eager_ones_allow(sizes, precision, gain, size):
     assert_actions_are_right(sizes, precision, gain, size, allowed(precision, DEVICE == "cuda"))
@@ -61,7 +78,13 @@ def test_actions_err_no_more_than_eager_ones_allow(sizes, precision, gain, size)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_actions_are_right_in_hoppers_arithmetic(precision, gain, size, monkeypatch):
     hopper.install(monkeypatch)
-    assert_actions_are_right(SIZES[1] if size == "small" else SIZES[0], precision, gain, size, allowed(precision, on_gpu=True))
+    assert_actions_are_right(
+        SIZES[1] if size == "small" else SIZES[0],
+        precision,
+        gain,
+        size,
+        allowed(precision, on_gpu=True),
+    )
 
 
 def part_and_whole(n, size):
@@ -69,7 +92,10 @@ def part_and_whole(n, size):
     policy = make_policy(29, 8, n_timesteps=2)
     sampler, (state, x_T, noises) = FusedSampler(policy), make_noise(policy, 129)
     how = dict(tile=tile(size))
-    yield sampler(state[:n], x_T[:n], noises[:, :n].contiguous(), **how), sampler(state, x_T, noises, **how)[:n]
+    yield (
+        sampler(state[:n], x_T[:n], noises[:, :n].contiguous(), **how),
+        sampler(state, x_T, noises, **how)[:n],
+    )
     yield sampler(state[:n], seed=4, **how), sampler(state, seed=4, **how)[:n]
 
 
@@ -104,7 +130,9 @@ def test_several_rows_of_noise_may_belong_to_a_state():
     policy = make_policy()
     state, x_T, noises = make_noise(policy, 30)
     together = FusedSampler(policy)(state[:10], x_T, noises)
-    assert torch.equal(together, FusedSampler(policy)(state[:10].repeat_interleave(3, 0), x_T, noises))
+    assert torch.equal(
+        together, FusedSampler(policy)(state[:10].repeat_interleave(3, 0), x_T, noises)
+    )
 
 
 def test_actions_stay_within_the_box_and_reach_it():
@@ -174,7 +202,9 @@ def test_a_seed_gives_the_same_actions_from_any_tile_and_no_seed_gives_new_ones(
     assert torch.equal(sampler(state, seed=3), sampler(state, seed=3))
     first, second = sampler(state), sampler(state)
     assert (first - second).abs().mean() > 0.1
-    assert torch.equal(FusedSampler(policy, "fp32")(state), first)  # the first call of a sampler of the same seed
+    assert torch.equal(
+        FusedSampler(policy, "fp32")(state), first
+    )  # the first call of a sampler of the same seed
 
 
 def test_drawn_actions_are_distributed_as_the_eager_chains():
@@ -215,7 +245,9 @@ def test_batches_that_leave_processors_idle_get_small_tiles():
         assert choose_tile(1, precision) == choose_tile(64, precision) == SMALL[precision]
         assert choose_tile(1 << 20, precision, arch=90) == LARGE[precision]
         assert choose_tile(1 << 20, precision, arch=87) == choose_tile(1 << 20, precision, arch=80)
-        assert choose_tile(1 << 20, precision, arch=103) == choose_tile(1 << 20, precision, arch=100)
+        assert choose_tile(1 << 20, precision, arch=103) == choose_tile(
+            1 << 20, precision, arch=100
+        )
         for arch in LITTLE_MEMORY:
             assert choose_tile(1 << 20, precision, arch) == SMALL[precision]._replace(stages=2)
 
@@ -302,8 +334,12 @@ import pytest
 from bench.all import TESTS as files
 sys.exit(pytest.main(["-q", "--collect-only", "-p", "no:cacheprovider", "-p", "no:xdist", *files]))
 """
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("PYTEST")
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-2000:]
 
 

@@ -23,9 +23,21 @@ from tasks.task import Task
 
 RECORDED = np.load(Path(__file__).parent / "data" / "tasks_mujoco233.npz")
 OTHERS = [name for name in tasks.names() if tasks.get(name).family != "antmaze"]
-ONE_EACH = ["hopper-medium-v2", "halfcheetah-medium-replay-v2", "walker2d-medium-expert-v2", "pen-human-v1", "kitchen-mixed-v0"]
+ONE_EACH = [
+    "hopper-medium-v2",
+    "halfcheetah-medium-replay-v2",
+    "walker2d-medium-expert-v2",
+    "pen-human-v1",
+    "kitchen-mixed-v0",
+]
 LIMITS = {"locomotion": 1000, "adroit": 100, "kitchen": 280}
-SIZES = {"hopper": (11, 3), "halfcheetah": (17, 6), "walker2d": (17, 6), "pen": (45, 24), "kitchen": (60, 9)}
+SIZES = {
+    "hopper": (11, 3),
+    "halfcheetah": (17, 6),
+    "walker2d": (17, 6),
+    "pen": (45, 24),
+    "kitchen": (60, 9),
+}
 SCORES = {
     "hopper": (-20.272305, 3234.3),
     "halfcheetah": (-280.178953, 12135.0),
@@ -37,9 +49,10 @@ SCORES = {
 
 def make_world(name: str, n: int):
     """By the name of a recording."""
-    return {"pen": lambda: PenWorld(n, 1), "kitchen": lambda: KitchenWorld(("microwave",), n, 1)}.get(
-        name, lambda: LocomotionWorld(name, n, 1)
-    )()
+    return {
+        "pen": lambda: PenWorld(n, 1),
+        "kitchen": lambda: KitchenWorld(("microwave",), n, 1),
+    }.get(name, lambda: LocomotionWorld(name, n, 1))()
 
 
 def shortened(name: str, limit: int) -> Task:
@@ -59,7 +72,9 @@ def test_each_task_has_d4rls_sizes_limit_and_score_and_is_registered(name):
     task, env, kind = tasks.get(name), gymnasium.make(name), name.split("-")[0]
     assert (task.state_dim, task.action_dim) == SIZES[kind]
     assert env.spec.max_episode_steps == task.episode_limit == LIMITS[task.family]
-    assert env.observation_space.shape == (task.state_dim,) and env.action_space.shape == (task.action_dim,)
+    assert env.observation_space.shape == (task.state_dim,) and env.action_space.shape == (
+        task.action_dim,
+    )
     np.testing.assert_allclose(task.normalized_score(np.array(SCORES[kind])), [0.0, 100.0])
 
 
@@ -81,7 +96,9 @@ def test_an_unknown_task_gets_the_nearest_names_in_one_line():
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("scores", [(np.nan, np.nan), (0.0, np.nan), (1.0, 1.0), (2.0, 1.0), (0.0, np.inf)])
+@pytest.mark.parametrize(
+    "scores", [(np.nan, np.nan), (0.0, np.nan), (1.0, 1.0), (2.0, 1.0), (0.0, np.inf)]
+)
 def test_a_task_without_reference_scores_is_refused_in_one_line(scores):
     with pytest.raises(TaskError, match="hopper-medium-v2 has no reference scores") as error:
         dataclasses.replace(tasks.get("hopper-medium-v2"), ref_min=scores[0], ref_max=scores[1])
@@ -104,7 +121,11 @@ def step_recorded(name: str):
         world.step(who, action, rng)
         simulation = world.simulation
         assert (RECORDED[f"{name}/n_contacts"] > 0).sum() > 20
-        return world, np.abs(simulation.qpos - next_qpos).max(axis=1), np.abs(simulation.qvel - next_qvel).max(axis=1)
+        return (
+            world,
+            np.abs(simulation.qpos - next_qpos).max(axis=1),
+            np.abs(simulation.qvel - next_qvel).max(axis=1),
+        )
 
 
 @pytest.mark.parametrize("body", BODIES)
@@ -117,7 +138,11 @@ def test_a_step_of_locomotion_is_mujoco_233s_to_rounding(body):
 def test_a_step_of_the_pen_is_mujoco_233s_but_for_contacts_that_mujoco_changed():
     """On MuJoCo 4.0 the usual error in qpos is 5e-5, the largest 9e-3; with the margins left to add up it is 8e-4 and 1.3e-2."""
     world, qpos_error, _ = step_recorded("pen")
-    assert np.median(qpos_error) < 2e-4 and np.quantile(qpos_error, 0.9) < 3e-3 and qpos_error.max() < 0.03
+    assert (
+        np.median(qpos_error) < 2e-4
+        and np.quantile(qpos_error, 0.9) < 3e-3
+        and qpos_error.max() < 0.03
+    )
     place, direction = world._pen()
     assert np.median(np.abs(place - RECORDED["pen/place"]).max(axis=1)) < 1e-4
     assert np.median(np.abs(direction - RECORDED["pen/direction"]).max(axis=1)) < 1e-3
@@ -154,7 +179,9 @@ def test_an_episode_of_locomotion_is_gymnasiums(name):
         assert abs(paid - reward) < 1e-9 and over == terminated
         if terminated:
             break
-    assert terminated == (name != "HalfCheetah-v4")  # random legs fall within 200 steps; a cheetah's episode goes on
+    assert terminated == (
+        name != "HalfCheetah-v4"
+    )  # random legs fall within 200 steps; a cheetah's episode goes on
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -186,7 +213,9 @@ def placed(body: str, changes: dict):
 ])  # fmt: skip
 def test_a_body_that_has_fallen_ends_its_episode_and_a_cheetah_never(body, changes, over):
     with placed(body, changes) as world:
-        _, terminated = world.step(np.array([0]), np.zeros((1, world.simulation.model.nu)), np.random.default_rng(0))
+        _, terminated = world.step(
+            np.array([0]), np.zeros((1, world.simulation.model.nu)), np.random.default_rng(0)
+        )
     assert terminated.tolist() == [over]
 
 
@@ -202,7 +231,9 @@ def test_running_is_paid_and_effort_costs(body, alive, cost, seconds):
         rewards, _ = world.step(np.array([0]), action, np.random.default_rng(0))
         moved = world.simulation.qpos[0, 0] - before
     assert moved > 0.5 * 1.5 * seconds
-    assert rewards[0] == pytest.approx(moved / seconds + alive - cost * (action.clip(-1, 1) ** 2).sum())
+    assert rewards[0] == pytest.approx(
+        moved / seconds + alive - cost * (action.clip(-1, 1) ** 2).sum()
+    )
 
 
 def mujoco_qpos(body: str) -> np.ndarray:
@@ -210,7 +241,9 @@ def mujoco_qpos(body: str) -> np.ndarray:
         return world.simulation.model.qpos0
 
 
-@pytest.mark.parametrize("body, clipped", [("hopper", True), ("walker2d", True), ("halfcheetah", False)])
+@pytest.mark.parametrize(
+    "body, clipped", [("hopper", True), ("walker2d", True), ("halfcheetah", False)]
+)
 def test_observations_leave_x_out_and_clip_the_speeds_that_gym_clips(body, clipped):
     n = len(mujoco_qpos(body))
     with placed(body, {0: 7.0, n + 3: 25.0}) as world:
@@ -236,7 +269,9 @@ def pen_held(place=(0.0, -0.2, 0.25), wanted=(0.0, 0.0, 1.0)):
     world = PenWorld(1, 1)
     model = world.simulation.model
     qpos, turn = model.qpos0.copy(), np.zeros(9)
-    mujoco.mju_quat2Mat(turn, model.body("Object").quat)  # the pen's slides are along axes that the model has turned
+    mujoco.mju_quat2Mat(
+        turn, model.body("Object").quat
+    )  # the pen's slides are along axes that the model has turned
     qpos[-6:-3] = turn.reshape(3, 3).T @ (np.array(place) - [0.0, -0.2, 0.25])
     world.reset(np.array([0]), np.random.default_rng(0))
     world.place(np.array([0]), qpos, np.zeros(model.nv), np.random.default_rng(0))
@@ -252,7 +287,9 @@ def test_a_pens_observation_is_d4rls_in_order():
     np.testing.assert_allclose(observation[24:27], [0.0, -0.2, 0.25], atol=1e-12)
     np.testing.assert_array_equal(observation[27:33], 0.0)  # the pen's velocity
     np.testing.assert_allclose(observation[33:36], direction[0])
-    np.testing.assert_allclose(np.abs(direction[0]), [1.0, 0.0, 0.0], atol=1e-3)  # it begins lying, by the model's 1.57
+    np.testing.assert_allclose(
+        np.abs(direction[0]), [1.0, 0.0, 0.0], atol=1e-3
+    )  # it begins lying, by the model's 1.57
     np.testing.assert_allclose(observation[36:39], [0.0, 0.6, 0.8])
     np.testing.assert_allclose(observation[39:42], 0.0, atol=1e-12)
     np.testing.assert_allclose(observation[42:45], direction[0] - [0.0, 0.6, 0.8])
@@ -266,7 +303,9 @@ def test_a_wanted_direction_is_up_turned_as_robotics_turns_it():
         angles = np.random.default_rng(3).uniform(-1, 1, (50, 2))
         for (a, b), wanted in zip(angles, world.wanted):
             turned = np.zeros(3)
-            mujoco.mju_rotVecQuat(turned, np.array([0.0, 0.0, 1.0]), rotations.euler2quat(np.array([a, b, 0.0])))
+            mujoco.mju_rotVecQuat(
+                turned, np.array([0.0, 0.0, 1.0]), rotations.euler2quat(np.array([a, b, 0.0]))
+            )
             np.testing.assert_allclose(wanted, turned, atol=1e-12)
 
 
@@ -277,7 +316,10 @@ def test_a_pen_that_lies_as_wanted_is_paid_more(turned, bonus):
         world.wanted[0] = np.array([np.cos(turned), np.sin(turned), 0.0])  # the pen points along +x
         reward, over = world.step(np.array([0]), np.zeros((1, 24)), np.random.default_rng(0))
         place, direction = world._pen()
-    likeness, distance = direction[0] @ world.wanted[0], np.linalg.norm(place[0] - [0.0, -0.2, 0.25])
+    likeness, distance = (
+        direction[0] @ world.wanted[0],
+        np.linalg.norm(place[0] - [0.0, -0.2, 0.25]),
+    )
     assert distance < 0.075 and not over[0]
     assert reward[0] == pytest.approx(likeness - distance + bonus)
 
@@ -287,7 +329,10 @@ def test_a_dropped_pen_ends_the_episode_and_costs_five(height, dropped):
     with pen_held(place=(0.3, -0.4, height)) as world:
         reward, over = world.step(np.array([0]), np.zeros((1, 24)), np.random.default_rng(0))
         place, direction = world._pen()
-    likeness, distance = direction[0] @ world.wanted[0], np.linalg.norm(place[0] - [0.0, -0.2, 0.25])
+    likeness, distance = (
+        direction[0] @ world.wanted[0],
+        np.linalg.norm(place[0] - [0.0, -0.2, 0.25]),
+    )
     assert over.tolist() == [dropped]
     assert reward[0] == pytest.approx(likeness - distance - 5.0 * dropped)
 
@@ -304,8 +349,12 @@ def test_a_kitchens_observation_is_noisy_qpos_and_the_goals_that_are_asked(name)
     with tasks.get(name).world(300, 1) as world:
         world.reset(np.arange(300), np.random.default_rng(0))
         off = world.observations[:, :30] - START
-    assert (np.abs(off).max(axis=0) <= NOISE).all() and (np.abs(off).max(axis=0) > 0.95 * NOISE).all()
-    np.testing.assert_allclose(NOISE[[0, 9, 11, 17, 20, 23, 26, 29]], [0.01, 5e-4, 5e-5, 5e-4, 0.01, 5e-4, 0.01, 5e-4])
+    assert (np.abs(off).max(axis=0) <= NOISE).all() and (
+        np.abs(off).max(axis=0) > 0.95 * NOISE
+    ).all()
+    np.testing.assert_allclose(
+        NOISE[[0, 9, 11, 17, 20, 23, 26, 29]], [0.01, 5e-4, 5e-5, 5e-4, 0.01, 5e-4, 0.01, 5e-4]
+    )
     goals = np.zeros(30)
     for subtask in ASKED[name]:
         goals[SUBTASKS[subtask][0]] = SUBTASKS[subtask][1]
@@ -346,7 +395,9 @@ def test_an_arms_command_is_a_speed_added_to_the_joints_that_were_seen():
         asked = []
         world.reset(who, rng)
         seen = world.observations[0, :9].copy()
-        world.simulation.step = lambda who, control, n_substeps: asked.append((control[0].copy(), n_substeps))
+        world.simulation.step = lambda who, control, n_substeps: asked.append(
+            (control[0].copy(), n_substeps)
+        )
         world.step(who, np.array([[1.0, -1.0, 0.5, 3.0, 0, 0, 0, 1.0, -1.0]]), rng)
     (control, n_substeps) = asked[0]
     wanted = seen + 0.16 * np.array([1, -1, 0.5, 1, 0, 0, 0, 1, -1])
@@ -368,7 +419,11 @@ def test_an_evaluation_is_determined_by_its_seed_and_adds_up(name):
         assert observations.dtype == np.float32 and observations.shape[1] == task.state_dim
         return np.tanh(3 * observations[:, : task.action_dim])
 
-    one, two, other = task.evaluate(act, 4, seed=1), task.evaluate(act, 4, seed=1, n_threads=1), task.evaluate(act, 4, seed=2)
+    one, two, other = (
+        task.evaluate(act, 4, seed=1),
+        task.evaluate(act, 4, seed=1, n_threads=1),
+        task.evaluate(act, 4, seed=2),
+    )
     np.testing.assert_array_equal(one.returns, two.returns)
     assert not np.array_equal(one.rewards[0], other.rewards[0]) or task.family == "kitchen"
     for total, length, over, rewards in zip(one.returns, one.lengths, one.terminated, one.rewards):
@@ -408,7 +463,9 @@ def test_gymnasium_finds_nothing_wrong_with_an_environment(name):
 def test_a_bad_action_is_refused_in_one_line(name, bad):
     env, n = gymnasium.make(name, disable_env_checker=True).unwrapped, tasks.get(name).action_dim
     env.reset(seed=0)
-    action = {"NaN": np.full(n, np.nan), "too few": np.zeros(n - 1), "a matrix": np.zeros((1, n))}[bad]
+    action = {"NaN": np.full(n, np.nan), "too few": np.zeros(n - 1), "a matrix": np.zeros((1, n))}[
+        bad
+    ]
     with pytest.raises(TaskError) as error:
         env.step(action)
     assert "\n" not in str(error.value)
@@ -416,7 +473,9 @@ def test_a_bad_action_is_refused_in_one_line(name, bad):
 
 @pytest.mark.parametrize("name", ["hopper-medium-v2", "pen-human-v1"])
 def test_an_environment_is_drawn_from_its_side(name):
-    env = gymnasium.make(name, render_mode="rgb_array", width=160, height=120, disable_env_checker=True)
+    env = gymnasium.make(
+        name, render_mode="rgb_array", width=160, height=120, disable_env_checker=True
+    )
     env.reset(seed=0)
     try:
         picture = env.render()
@@ -434,14 +493,20 @@ def test_a_picture_of_the_pen_shows_the_direction_that_is_wanted():
         world.show(shown)
         data = mujoco.MjData(shown)
         mujoco.mj_forward(shown, data)
-        np.testing.assert_allclose(data.body("target").xmat.reshape(3, 3)[:, 2], world.wanted[0], atol=1e-12)
-        np.testing.assert_array_equal(other.simulation.model.body("target").quat, [1, 0, 0, 0])  # no other world's is turned
+        np.testing.assert_allclose(
+            data.body("target").xmat.reshape(3, 3)[:, 2], world.wanted[0], atol=1e-12
+        )
+        np.testing.assert_array_equal(
+            other.simulation.model.body("target").quat, [1, 0, 0, 0]
+        )  # no other world's is turned
 
 
 def test_episodes_are_drawn_to_a_file_that_is_whole_or_not_there(tmp_path):
     task = tasks.get("hopper-medium-v2")
     rewards = [np.full(50, 2.0), np.full(20, 1.0)]
-    episodes = tasks.Episodes(np.array([100.0, 20.0]), np.array([50, 20]), np.array([False, True]), rewards)
+    episodes = tasks.Episodes(
+        np.array([100.0, 20.0]), np.array([50, 20]), np.array([False, True]), rewards
+    )
     task.draw(episodes, tmp_path / "episodes.png", "two straight lines")
     picture = imageio.imread(tmp_path / "episodes.png")[..., :3].astype(int)
     for colour in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)):

@@ -58,7 +58,9 @@ def the_run(out) -> Path:
 def records(run, kind=None):
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     timing = ("seconds", "updates_per_second")
-    return [{k: v for k, v in r.items() if k not in timing} for r in lines if kind in (None, r["kind"])]
+    return [
+        {k: v for k, v in r.items() if k not in timing} for r in lines if kind in (None, r["kind"])
+    ]
 
 
 def assert_same_tensors(path, other):
@@ -94,7 +96,10 @@ def on_call(n, what, before):
 
 
 def by_seed(out) -> dict:
-    return {json.loads((run / "config.json").read_text())["config"]["seed"]: run for run in Path(out).iterdir()}
+    return {
+        json.loads((run / "config.json").read_text())["config"]["seed"]: run
+        for run in Path(out).iterdir()
+    }
 
 
 class Film:

@@ -59,11 +59,15 @@ def export_policy(agent, path, *, n_candidates: int, facts: dict) -> list[Path]:
     """
     path = Path(path)
     if path.suffix != ".pt2":
-        raise RunError(f"{path} does not end in .pt2, as an exported policy must; for example {path.with_suffix('.pt2').name}")
+        raise RunError(
+            f"{path} does not end in .pt2, as an exported policy must; for example {path.with_suffix('.pt2').name}"
+        )
     weights, about = path.with_suffix(".safetensors"), path.with_suffix(".json")
     for other in (weights, about):
         if other.exists() and not path.exists():
-            raise RunError(f"{other}, which goes with {path.name}, exists and is not of an earlier export: choose another name")
+            raise RunError(
+                f"{other}, which goes with {path.name}, exists and is not of an earlier export: choose another name"
+            )
     n = 1 if agent.algo == "bc" else n_candidates
     acting = Acting(agent.policy, agent.critic_target if n > 1 else None)
     buffer = io.BytesIO()
@@ -90,10 +94,14 @@ def traced(acting: Acting, n: int) -> torch.export.ExportedProgram:
     dynamic = input_shapes(acting.policy, n, B, n * B if n > 1 else B)
     example = input_shapes(acting.policy, n, 2, 2 * n)  # one state would be traced as a constant
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore", FutureWarning)  # torch's own, about how it copies its own classes
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # torch's own, about how it copies its own classes
         # strict, since only Dynamo follows len(tensor) without taking it for a constant.
         inputs = tuple(torch.zeros(shape) for shape in example.values())
-        program = torch.export.export(acting, inputs, dynamic_shapes=dynamic, strict=True).run_decompositions()
+        program = torch.export.export(
+            acting, inputs, dynamic_shapes=dynamic, strict=True
+        ).run_decompositions()
     for node in program.graph.nodes:
         for note in ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node"):
             node.meta.pop(note, None)

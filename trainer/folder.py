@@ -35,7 +35,9 @@ def saved(path: Path):
         with written_whole(path) as temporary:
             yield temporary
     except OSError as e:
-        raise RunError(f"cannot write {path}: {e.strerror or e}; what was saved before is untouched") from e
+        raise RunError(
+            f"cannot write {path}: {e.strerror or e}; what was saved before is untouched"
+        ) from e
 
 
 def save_tensors(path: Path, tensors: dict, metadata: dict | None = None) -> None:
@@ -52,7 +54,9 @@ def load_tensors(path: Path) -> tuple[dict, dict]:
     """-> (name -> tensor, metadata). Raises RunError for a missing or broken file."""
     try:
         with safe_open(path, framework="pt") as f:
-            return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("json", "{}"))
+            return {k: f.get_tensor(k) for k in f.keys()}, json.loads(
+                (f.metadata() or {}).get("json", "{}")
+            )
     except FileNotFoundError:
         raise RunError(f"there is no checkpoint {path}") from None
     except (SafetensorError, OSError, ValueError) as e:
@@ -65,7 +69,9 @@ def restore(agent, path: Path, **how) -> None:
     try:
         agent.load_state_dict(tensors, **how)
     except (KeyError, RuntimeError) as e:
-        raise RunError(f"checkpoint {path} does not fit this configuration: {str(e).splitlines()[-1].strip()}") from e
+        raise RunError(
+            f"checkpoint {path} does not fit this configuration: {str(e).splitlines()[-1].strip()}"
+        ) from e
 
 
 def save_json(path: Path, content) -> None:
@@ -77,7 +83,9 @@ def load_json(path: Path):
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
-        raise RunError(f"{path.parent} is not a run's folder, or its run ended too early: it has no {path.name}") from None
+        raise RunError(
+            f"{path.parent} is not a run's folder, or its run ended too early: it has no {path.name}"
+        ) from None
     except (OSError, ValueError) as e:
         raise RunError(f"{path} cannot be read: {e}") from e
 
@@ -115,7 +123,9 @@ class RunFolder:
             path = Path(parent).absolute()
             tempfile.TemporaryFile(dir=next(p for p in (path, *path.parents) if p.exists())).close()
         except OSError as e:
-            raise RunError(f"cannot make a run's folder in {parent}: {e.strerror}; choose another with --out") from e
+            raise RunError(
+                f"cannot make a run's folder in {parent}: {e.strerror}; choose another with --out"
+            ) from e
 
     @classmethod
     def create(cls, parent: str, name: str, config: dict) -> "RunFolder":
@@ -129,7 +139,9 @@ class RunFolder:
             except FileExistsError:
                 n += 1
             except OSError as e:
-                raise RunError(f"cannot make the run's folder {path}: {e.strerror}; choose another with --out") from e
+                raise RunError(
+                    f"cannot make the run's folder {path}: {e.strerror}; choose another with --out"
+                ) from e
         save_json(path / "config.json", config)
         return cls(path)
 
@@ -152,7 +164,9 @@ class RunFolder:
                     self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
             self._tensorboard.flush()
         except OSError as e:
-            raise RunError(f"cannot write the log in {self.path}: {e.strerror}; checkpoints are untouched") from e
+            raise RunError(
+                f"cannot write the log in {self.path}: {e.strerror}; checkpoints are untouched"
+            ) from e
 
     def rewind_log(self, step: int) -> None:
         """Read log.jsonl back and drop what lies beyond step: updates made after the checkpoint will be made again.
@@ -181,9 +195,16 @@ class RunFolder:
     def select(self, top_k: int) -> dict:
         """Apply the selection rules to the evaluations so far and write selection.json."""
         chosen = select_checkpoints(self.evaluations(), top_k)
-        files = {rule: f"checkpoints/{self.checkpoint(e['step']).name}" for rule, e in chosen.items()}
+        files = {
+            rule: f"checkpoints/{self.checkpoint(e['step']).name}" for rule, e in chosen.items()
+        }
         selection = {
-            rule: {"checkpoint": files[rule], "step": e["step"], "score": e["score"], "data": e["data"]}
+            rule: {
+                "checkpoint": files[rule],
+                "step": e["step"],
+                "score": e["score"],
+                "data": e["data"],
+            }
             for rule, e in chosen.items()
         }
         save_json(self.path / "selection.json", selection)
@@ -196,7 +217,12 @@ class RunFolder:
         figure = Figure(figsize=(7, 5), layout="constrained")
         top, bottom = figure.subplots(2, 1, sharex=True)
         evaluations, epochs = self.evaluations(), [r for r in self.records if r["kind"] == "epoch"]
-        top.plot([e["step"] for e in evaluations], [e["score"] for e in evaluations], "o-", color="tab:blue")
+        top.plot(
+            [e["step"] for e in evaluations],
+            [e["score"] for e in evaluations],
+            "o-",
+            color="tab:blue",
+        )
         top.set(ylabel="normalised score", title=title)
         bottom.plot([r["step"] for r in epochs], [r["bc_loss"] for r in epochs], color="tab:orange")
         bottom.set(ylabel="BC loss", xlabel="updates")

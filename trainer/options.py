@@ -167,7 +167,11 @@ def _runs(options: Options) -> tuple[str, ...]:
 
 
 def _defaults(asked: Options) -> Options:
-    if "" in (*asked.resume, asked.eval, *asked.export):  # what a script with an unset variable passes: not a new run
+    if "" in (
+        *asked.resume,
+        asked.eval,
+        *asked.export,
+    ):  # what a script with an unset variable passes: not a new run
         names = "--resume, --eval and --export take the folder of a run, for example runs/NAME"
         raise UserError(f"{names}; got an empty name")
     if asked.eval == NOT_ASKED:

@@ -28,7 +28,9 @@ def load_released_checkpoint(directory, id=None, *, max_action=1.0, **how) -> Di
         inputs = critic["q1_model.0.weight"].shape[1]
     except KeyError as e:
         folder = files["actor"].parent
-        raise ValueError(f"{folder} holds no networks of the authors' code: {e} is missing") from None
+        raise ValueError(
+            f"{folder} holds no networks of the authors' code: {e} is missing"
+        ) from None
     how |= {"n_timesteps": len(betas), "schedule": _schedule(betas, files["actor"])}
     how |= {"hidden_dim": len(first), "max_action": max_action}
     agent = DiffusionQL(inputs - action_dim, action_dim, **how)

@@ -24,7 +24,9 @@ RECORD_EVERY = 7  # steps of a walk: in the air at first, then on the floor, the
 
 
 def model() -> mujoco.MjModel:
-    root = ElementTree.parse(Path(gymnasium.__file__).parent / "envs/mujoco/assets/ant.xml").getroot()
+    root = ElementTree.parse(
+        Path(gymnasium.__file__).parent / "envs/mujoco/assets/ant.xml"
+    ).getroot()
     root.find("option").set("timestep", "0.02")
     root.find("default/geom").set("solimp", "0.8 0.8 0.01")
     for motor in root.iter("motor"):
@@ -35,12 +37,16 @@ def model() -> mujoco.MjModel:
             if mark == "1":
                 place = f"{4 * (col - 1)} {4 * (row - 1)} 1"
                 wall = dict(type="box", pos=place, size="2 2 1", contype="1", conaffinity="1")
-                ElementTree.SubElement(root.find("worldbody"), "geom", wall, name=f"wall_{row}_{col}")
+                ElementTree.SubElement(
+                    root.find("worldbody"), "geom", wall, name=f"wall_{row}_{col}"
+                )
     return mujoco.MjModel.from_xml_string(ElementTree.tostring(root, encoding="unicode"))
 
 
 def main() -> None:
-    assert mujoco.__version__ == "2.3.3", f"this is MuJoCo {mujoco.__version__}, the reference is 2.3.3"
+    assert mujoco.__version__ == "2.3.3", (
+        f"this is MuJoCo {mujoco.__version__}, the reference is 2.3.3"
+    )
     ant, rng, rows = model(), np.random.default_rng(0), []
     is_wall = np.array([ant.geom(i).name.startswith("wall") for i in range(ant.ngeom)])
     for walk in range(N_WALKS):
@@ -57,13 +63,17 @@ def main() -> None:
             mujoco.mj_step(ant, data, 5)
             if step % RECORD_EVERY == 0:
                 walls = sum(bool(is_wall[c.geom1] or is_wall[c.geom2]) for c in data.contact)
-                rows.append((qpos, qvel, action, data.qpos.copy(), data.qvel.copy(), data.ncon, walls))
+                rows.append(
+                    (qpos, qvel, action, data.qpos.copy(), data.qvel.copy(), data.ncon, walls)
+                )
             qpos, qvel = data.qpos.copy(), data.qvel.copy()
     names = ("qpos", "qvel", "action", "next_qpos", "next_qvel", "n_contacts", "n_wall_contacts")
     columns = {name: np.array(column) for name, column in zip(names, zip(*rows))}
     np.savez_compressed(Path(__file__).with_name("ant_mujoco233.npz"), **columns)
-    print(f"{len(rows)} steps, {(columns['n_contacts'] > 0).sum()} end in contact, "
-          f"{(columns['n_wall_contacts'] > 0).sum()} with a wall")
+    print(
+        f"{len(rows)} steps, {(columns['n_contacts'] > 0).sum()} end in contact, "
+        f"{(columns['n_wall_contacts'] > 0).sum()} with a wall"
+    )
 
 
 if __name__ == "__main__":

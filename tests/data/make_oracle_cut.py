@@ -24,8 +24,14 @@ def cut(full) -> dict[str, np.ndarray]:
         array = full[name]
         if name.startswith("update/params/"):
             if not np.array_equal(array, full[name.removeprefix("update/")]):
-                raise ValueError(f"{name} differs from {name.removeprefix('update/')}: it cannot be dropped")
-        elif name.startswith(("update/after1/", "out/bc_grad/")) and array.ndim == 2 and len(array) == 256:
+                raise ValueError(
+                    f"{name} differs from {name.removeprefix('update/')}: it cannot be dropped"
+                )
+        elif (
+            name.startswith(("update/after1/", "out/bc_grad/"))
+            and array.ndim == 2
+            and len(array) == 256
+        ):
             small[name] = array[::EVERY]
         else:
             small[name] = array

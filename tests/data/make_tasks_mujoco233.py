@@ -18,7 +18,10 @@ import mujoco
 import numpy as np
 
 WALKS, STEPS, EVERY = 8, 32, 4
-GYM, ROBOTICS = (Path(find_spec(name).submodule_search_locations[0]) for name in ("gymnasium", "gymnasium_robotics"))
+GYM, ROBOTICS = (
+    Path(find_spec(name).submodule_search_locations[0])
+    for name in ("gymnasium", "gymnasium_robotics")
+)
 FILES = {
     "hopper": (GYM / "envs/mujoco/assets/hopper.xml", 4),
     "halfcheetah": (GYM / "envs/mujoco/assets/half_cheetah.xml", 5),
@@ -27,8 +30,21 @@ FILES = {
     "kitchen": (ROBOTICS / "envs/assets/kitchen_franka/kitchen_assets/kitchen_env_model.xml", 40),
 }
 # The arm's start and the controller's limits, from D4RL's kitchen; the noise of the joints that a command is added to is left out.
-ARM = [0.148388023, -1.76848573, 1.84390296, -2.4768576, 0.260252026, 0.712533105, 1.59515394, 0.0479267505, 0.0371350919]
-LOW, HIGH = [-2.9, -1.8, -2.9, -3.1, -2.9, 0, -2.9, 0, 0], [2.9, 1.8, 2.9, 0, 2.9, 3.8, 2.9, 0.04, 0.04]
+ARM = [
+    0.148388023,
+    -1.76848573,
+    1.84390296,
+    -2.4768576,
+    0.260252026,
+    0.712533105,
+    1.59515394,
+    0.0479267505,
+    0.0371350919,
+]
+LOW, HIGH = (
+    [-2.9, -1.8, -2.9, -3.1, -2.9, 0, -2.9, 0, 0],
+    [2.9, 1.8, 2.9, 0, 2.9, 3.8, 2.9, 0.04, 0.04],
+)
 
 
 def load(name: str) -> mujoco.MjModel:
@@ -37,7 +53,10 @@ def load(name: str) -> mujoco.MjModel:
         for i in range(model.nu):
             stiffness = 10.0 if model.actuator(i).name in ("A_WRJ1", "A_WRJ0") else 1.0
             if not model.actuator(i).name.startswith("A_AR"):
-                model.actuator_gainprm[i, :3], model.actuator_biasprm[i, :3] = [stiffness, 0, 0], [0, -stiffness, 0]
+                model.actuator_gainprm[i, :3], model.actuator_biasprm[i, :3] = (
+                    [stiffness, 0, 0],
+                    [0, -stiffness, 0],
+                )
     return model
 
 
@@ -67,16 +86,27 @@ def record(name: str, rng) -> dict[str, np.ndarray]:
         qpos, qvel = begin(name, model, rng)
         held = rng.uniform(-1, 1, model.nu)
         for step in range(STEPS):
-            held = np.clip(held + rng.uniform(-0.5, 0.5, model.nu), -1, 1)  # moves further than unrelated actions would
+            held = np.clip(
+                held + rng.uniform(-0.5, 0.5, model.nu), -1, 1
+            )  # moves further than unrelated actions would
             data = mujoco.MjData(model)
             data.qpos[:], data.qvel[:] = qpos, qvel
             data.ctrl[:] = control(name, model, qpos, held)
             mujoco.mj_step(model, data, FILES[name][1])
-            row = {"qpos": qpos, "qvel": qvel, "action": held, "next_qpos": data.qpos.copy(), "next_qvel": data.qvel.copy()}
+            row = {
+                "qpos": qpos,
+                "qvel": qvel,
+                "action": held,
+                "next_qpos": data.qpos.copy(),
+                "next_qvel": data.qvel.copy(),
+            }
             row["n_contacts"] = data.ncon
             if name == "pen":
                 top, bottom = data.site("object_top").xpos, data.site("object_bottom").xpos
-                row |= {"place": data.body("Object").xpos.copy(), "direction": (top - bottom) / np.linalg.norm(top - bottom)}
+                row |= {
+                    "place": data.body("Object").xpos.copy(),
+                    "direction": (top - bottom) / np.linalg.norm(top - bottom),
+                }
             if step % EVERY == EVERY - 1:
                 rows.append(row)
             qpos, qvel = data.qpos.copy(), data.qvel.copy()
@@ -84,7 +114,9 @@ def record(name: str, rng) -> dict[str, np.ndarray]:
 
 
 def main() -> None:
-    assert mujoco.__version__ == "2.3.3", f"this is MuJoCo {mujoco.__version__}, the reference is 2.3.3"
+    assert mujoco.__version__ == "2.3.3", (
+        f"this is MuJoCo {mujoco.__version__}, the reference is 2.3.3"
+    )
     columns = {}
     for name in FILES:
         columns |= record(name, np.random.default_rng(0))
