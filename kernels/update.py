@@ -18,24 +18,10 @@ import torch
 import triton
 from torch.autograd.graph import increment_version
 
-from . import graphs, packing, training
-from .packing import (
-    LOG2E,
-    PackedCritic,
-    PackedPolicy,
-    architecture,
-    interpreting,
-    on,
-    require,
-    require_tensor,
-)
-from .tiles import (
-    FIT_STAGES,
-    ProductTile,
-    Tile,
-    choose_product_tile,
-    choose_update_tile,
-)
+from . import gradients, graphs, optimizer, packing, training
+from .network import Chain, Net, Noise, PolicyAndCritic, Sizes, input_columns
+from .packing import LOG2E, PackedCritic, PackedPolicy, architecture, interpreting, on, require, require_tensor
+from .tiles import FIT_STAGES, ProductTile, Tile, choose_product_tile, choose_update_tile
 
 MAX_BATCH = 4096
 PER_REPLAY = 100  # updates that a graph holds
@@ -44,11 +30,6 @@ ADAM_BLOCK, TIME_CHUNK = 1024, 32  # parameters, hidden units a program takes at
 
 def _padded(n: int) -> int:
     return triton.next_power_of_2(n)
-
-
-def _input_columns(S: int, A: int, T: int = 0) -> int:
-    """How wide ops.store_inputs() makes a row: state, action, and for the policy the timestep, one-hot."""
-    return S + A + 16 * triton.cdiv(T, 16)
 
 
 class _Trained:
@@ -196,8 +177,8 @@ class FusedUpdate:
         S, A = packing.padded(policy.state_dim), packing.padded(policy.action_dim)
         R, N = (T + 1) * B, self.agent.n_target_samples
         return {
-            "inputs": (n, R, _input_columns(S, A, T)), "saved": (n, R, 3 * H), "du": (n, R, 3 * H), "dy": (n, R, A), "epsilons": (n, R, A),
-            "actions": (n, B, A), "target_values": (n, 2, N * B), "q_inputs": (n, B, _input_columns(S, A)), "q_saved": (n, 2, B, 3 * H),
+            "inputs": (n, R, input_columns(S, A, T)), "saved": (n, R, 3 * H), "du": (n, R, 3 * H), "dy": (n, R, A), "epsilons": (n, R, A),
+            "actions": (n, B, A), "target_values": (n, 2, N * B), "q_inputs": (n, B, input_columns(S, A)), "q_saved": (n, 2, B, 3 * H),
             "q_du": (n, 2, B, 3 * H), "q_dy": (n, 2, B, 16), "table": (n, T, H),
         }  # fmt: skip
 
@@ -249,7 +230,7 @@ class FusedUpdate:
     def _product_programs(self, packed) -> int:
         """How many tiles the four weight gradients of a network have."""
         H, out_tile, in_tile = packed.hidden_dim, self.product_tile.outputs, self.product_tile.inputs
-        width = _input_columns(packed.S, packed.A, packed.n_timesteps if packed.KIND == "policy" else 0)
+        width = Sizes.of(packed).inputs
         first, hidden = H // out_tile * triton.cdiv(width, in_tile), (H // out_tile) * (H // in_tile)
         return first + 2 * hidden + H // in_tile
 
@@ -267,94 +248,141 @@ class FusedUpdate:
     # ---- launches ----------------------------------------------------------------------------------------------------
 
     def _launch(self, batch=None, noise=None):
-        """One update of every agent, on given batches and noise (both stacked over agents) or on drawn ones."""
-        agent, p, q, B, n = self.agent, self.policy.packed, self.critic.packed, self.batch_size, len(self.agents)
-        given, T, N, tile = batch is not None, p.n_timesteps, agent.n_target_samples, self.tile
-        state, action, next_state, reward, not_done = batch if given else self.columns
-        n_transitions = B if given else len(state)
-        none = self.actions
-        x_T, noises, t, bc_noise, coin = noise if given else (none, none, none, none, none)
-        sizes = dict(
-            STATE_DIM=p.state_dim, ACTION_DIM=p.action_dim, T=T, GIVEN=given, ROWS=tile.rows, S=p.S, A=p.A, H=p.hidden_dim,
-            CHUNK=tile.chunk, SCALE=p.scale, PRECISION=self.precision, TURNED=tile.turned, STAGES=tile.stages,
-            num_warps=tile.warps,
-        )  # fmt: skip
-        tiles = self.n_tiles
+        """One update of every agent, on drawn batches and noise or given ones, stacked over agents."""
+        agent, p, q, tile = self.agent, self.policy.packed, self.critic.packed, self.tile
+        B, n, tiles = self.batch_size, len(self.agents), self.n_tiles
+        data = training.Columns(*(self.columns if batch is None else batch))
+        n_transitions = len(self.columns[0]) if batch is None else B
+        x_T, noises, t, bc_noise, coin = (None,) * 5 if noise is None else noise
+        chain_noise = None if x_T is None else Noise(x_T, noises)
+        cloning = None if t is None else training.CloningNoise(t, bc_noise)
+        random = training.Random(self.seeds, self.steps)
+        nets = PolicyAndCritic(Net.of(p), Net.of(q))
+        memory, counts = self._memory(), self._counts()
+        sizes = PolicyAndCritic(Sizes.of(p), Sizes.of(q))
         if self.learns_q:
-            training.sample[(triton.cdiv(N * B, tile.rows) + tiles, n)](
-                state, next_state, n_transitions, x_T, noises, self.seeds, self.steps, 0, p.coefficients, p.bias, p.max_action,
-                p.weights, p.low, q.bias, q.weights, q.low, self.target_values, self.inputs, self.saved, self.epsilons,
-                self.actions, B, N=N, **sizes,
+            target_tiles = triton.cdiv(agent.n_target_samples * B, tile.rows)
+            training.sample[(target_tiles + tiles, n)](
+                data, n_transitions, chain_noise, random, Chain.of(p), nets, memory, B, 0,
+                counts, sizes, tile, num_warps=tile.warps,
             )  # fmt: skip
-        critics = 2 if self.learns_q else 0
-        training.fit[(tiles, critics + 1, n)](
-            state, action, reward, not_done, n_transitions, t, bc_noise, self.seeds, self.steps, 0, self.config.discount,
-            agent.policy.sqrt_alpha_bar, agent.policy.sqrt_one_minus_alpha_bar, p.bias, p.weights, p.low, q.bias, q.weights, q.low,
-            self.target_values, self.inputs, self.saved, self.du, self.dy, self.q_inputs, self.q_saved, self.q_du, self.q_dy,
-            self.losses, B, N=N, N_PADDED=_padded(N), CRITICS=critics, TILES=tiles,
-            **sizes | {"STAGES": min(tile.stages, FIT_STAGES)},
+        policy = agent.policy
+        forward = training.Forward(policy.sqrt_alpha_bar, policy.sqrt_one_minus_alpha_bar)
+        fit_tile = tile._replace(stages=min(tile.stages, FIT_STAGES))
+        training.fit[(tiles, counts.critics + 1, n)](
+            data, n_transitions, cloning, random, forward, self.config.discount, nets, memory, B, 0,
+            counts, sizes, fit_tile, num_warps=tile.warps,
         )  # fmt: skip
         if self.learns_q:
-            self._weight_gradients(self.critic, self.q_inputs, self.q_saved, self.q_du, self.q_dy, self.q_norms, B, 1 / B)
-            self._adam(self.critic, self.q_norms, self.rates["critic"], self.config.tau, 0, 1)
+            self._weight_gradients(self.critic, memory.critic, self.q_norms, B, 1 / B)
+            averaging = optimizer.Averaging(self.config.tau, 0, 1)
+            self._adam(self.critic, self.q_norms, self.rates["critic"], averaging)
             training.climb[(tiles, 2, n)](
-                state, n_transitions, coin, self.seeds, self.steps, 0, p.coefficients, p.max_action, p.weights, p.low,
-                q.bias, q.weights, q.low, self.q_saved, self.inputs, self.saved, self.epsilons, self.actions, self.du, self.dy,
-                self.values, B, TILES=tiles, **sizes,
+                data, n_transitions, coin, random, Chain.of(p), nets, memory, B, 0,
+                counts, sizes, tile, num_warps=tile.warps,
             )  # fmt: skip
-        self._weight_gradients(
-            self.policy, self.inputs, self.saved, self.du, self.dy, self.norms, (T + 1) * B, 1 / (B * p.action_dim)
-        )
-        training.time_gradient[(n,)](
-            self.policy.parameters, self.sinusoids, self.table, self.policy.gradient, self.norms, **self._time_sizes(),
-            NORMS=self.norms.shape[1],
+        n_rows, mean = (p.n_timesteps + 1) * B, 1 / (B * p.action_dim)
+        self._weight_gradients(self.policy, memory.policy, self.norms, n_rows, mean)
+        gradients.time_gradient[(n,)](
+            self.policy.parameters, self.sinusoids, self.table, self.policy.gradient, self.norms,
+            counts.norms, self._time_sizes(),
         )  # fmt: skip
-        self._adam(self.policy, self.norms, self.rates["policy"], 1 - self.config.ema_decay, self.config.ema_start, self.config.ema_every)
+        averaging = optimizer.Averaging(1 - self.config.ema_decay, self.config.ema_start, self.config.ema_every)
+        self._adam(self.policy, self.norms, self.rates["policy"], averaging)
         self._finish(counts=True)
 
-    def _weight_gradients(self, trained, inputs, saved, du, dy, norms, n_rows, cloned):
+    def _memory(self) -> training.Memory:
+        return training.Memory(
+            policy=training.Activations(self.inputs, self.saved, self.du, self.dy),
+            critic=training.Activations(self.q_inputs, self.q_saved, self.q_du, self.q_dy),
+            epsilons=self.epsilons,
+            actions=self.actions,
+            target_values=self.target_values,
+            losses=self.losses,
+            q_sums=self.values,
+        )
+
+    def _counts(self) -> training.Counts:
+        return training.Counts(
+            targets=self.agent.n_target_samples,
+            critics=2 if self.learns_q else 0,
+            tiles=self.n_tiles,
+            norms=self.norms.shape[1],
+            critic_norms=self.q_norms.shape[1],
+        )
+
+    def _weight_gradients(self, trained, activations, norms, n_rows, cloned):
         p, is_policy, tile = trained.packed, trained is self.policy, self.product_tile
-        climbs = is_policy and self.learns_q
-        base = trained.size - p.NETWORKS * sum(x.numel() for layer in trained.networks[0] for x in layer.parameters())
-        training.weight_gradients[(self._product_programs(p), p.NETWORKS, len(self.agents))](
-            inputs, saved, du, dy, trained.gradient, self.table, norms, self.values, self.config.eta, cloned,
-            B=self.batch_size, N_ROWS=n_rows, BASE=base, SIZE=(trained.size - base) // p.NETWORKS, NETWORKS=p.NETWORKS,
-            COLUMNS=trained.columns, **trained.first_columns, STATE_DIM=p.state_dim, ACTION_DIM=p.action_dim, N_OUT=p.n_out,
-            OUT=p.OUT, S=p.S, A=p.A, H=p.hidden_dim, T=p.n_timesteps if is_policy else 0, CLIMBS=climbs, TILES=self.n_tiles,
-            TILES_PADDED=_padded(self.n_tiles), NORMS=norms.shape[1], OUT_TILE=tile.outputs, IN_TILE=tile.inputs,
-            BLOCK=tile.rows, PRECISION=self.precision, STAGES=tile.stages, num_warps=tile.warps,
+        of_network = sum(x.numel() for layer in trained.networks[0] for x in layer.parameters())
+        layout = gradients.Layout(
+            base=trained.size - p.NETWORKS * of_network,
+            size=of_network,
+            networks=p.NETWORKS,
+            columns=trained.columns,
+            state_at=trained.first_columns["STATE_AT"],
+            action_at=trained.first_columns["ACTION_AT"],
+            outputs=p.n_out,
+        )
+        sums = gradients.Sums(self.batch_size, n_rows, self.n_tiles, norms.shape[1])
+        gradients.weight_gradients[(self._product_programs(p), p.NETWORKS, len(self.agents))](
+            activations, trained.gradient, self.table if is_policy else None, norms,
+            self.values if is_policy and self.learns_q else None, self.config.eta, cloned,
+            sums, layout, Sizes.of(p), tile, num_warps=tile.warps,
         )  # fmt: skip
 
-    def _adam(self, trained, norms, rates, rate, start, every):
+    def _adam(self, trained, norms, rates, averaging):
         p, (beta_1, beta_2) = trained.packed, trained.betas
         copies = 2 * len(self.agents)
         block = 1 << 16 if interpreting() else ADAM_BLOCK  # the interpreter pays by the program
-        training.adam[(triton.cdiv(trained.size, block), len(self.agents))](
-            trained.parameters, trained.gradient, trained.momentum, trained.variance, trained.average, trained.place, trained.factor,
-            p.weights, p.low, p.bias, norms, self.steps, trained.adam_steps, rates, 1,
-            self.config.grad_norm, rate, start, every,
-            SIZE=trained.size, NORMS=norms.shape[1], NORMS_PADDED=_padded(norms.shape[1]), RATES=len(rates) - 1,
-            CLIPS=self.config.grad_norm > 0, BETA_1=beta_1, BETA_2=beta_2, LOG_BETA_1=math.log(beta_1),
-            LOG_BETA_2=math.log(beta_2), EPS=trained.eps, WEIGHTS=p.weights.numel() // copies, BIASES=p.bias.numel() // copies,
-            PRECISION=self.precision, BLOCK=block,
+        settings = optimizer.Adam(
+            beta_1=beta_1,
+            beta_2=beta_2,
+            log_beta_1=math.log(beta_1),
+            log_beta_2=math.log(beta_2),
+            eps=trained.eps,
+            periods=len(rates) - 1,
+            size=trained.size,
+            norms=norms.shape[1],
+            weights=p.weights.numel() // copies,
+            biases=p.bias.numel() // copies,
+            precision=self.precision,
+            block=block,
+        )
+        optimizer.adam[(triton.cdiv(trained.size, block), len(self.agents))](
+            self._vectors(trained), optimizer.Destination(trained.place, trained.factor), Net.of(p),
+            norms if self.config.grad_norm > 0 else None, self.config.grad_norm, self.steps, trained.adam_steps,
+            optimizer.Rates(rates, 1), averaging, settings,
         )  # fmt: skip
 
-    def _time_sizes(self) -> dict:
-        p = self.policy
-        T, D = p.packed.n_timesteps, self.time_dim
-        return dict(
-            SIZE=p.size, COLUMNS=p.columns, TIME_AT=p.packed.action_dim, H=p.packed.hidden_dim, T=T, T_PADDED=max(16, _padded(T)),
-            D=D, CHUNK=p.packed.hidden_dim if interpreting() else TIME_CHUNK,
-        )  # fmt: skip
+    def _vectors(self, trained) -> optimizer.Vectors:
+        return optimizer.Vectors(
+            trained.parameters,
+            trained.gradient,
+            trained.momentum,
+            trained.variance,
+            trained.average,
+        )
+
+    def _time_sizes(self) -> gradients.TimeSizes:
+        p, T = self.policy, self.policy.packed.n_timesteps
+        return gradients.TimeSizes(
+            size=p.size,
+            columns=p.columns,
+            time_at=p.packed.action_dim,
+            H=p.packed.hidden_dim,
+            T=T,
+            T_padded=max(16, _padded(T)),
+            D=self.time_dim,
+            chunk=p.packed.hidden_dim if interpreting() else TIME_CHUNK,
+        )
 
     def _finish(self, counts: bool):
-        p, norms, q_norms = self.policy.packed, self.norms.shape[1], self.q_norms.shape[1]
-        training.finish[(2, len(self.agents))](
-            self.policy.parameters, self.policy.average, self.sinusoids, p.bias, self.losses, self.values, self.norms, self.q_norms,
-            self.config.eta, self.metrics, self.steps, self.adam_steps, self.batch_size, **self._time_sizes(),
-            ACTION_DIM=p.action_dim, OUT=p.OUT, SCALE=p.scale, TILES=self.n_tiles, TILES_PADDED=_padded(self.n_tiles),
-            NORMS=norms, NORMS_PADDED=_padded(norms), Q_NORMS=q_norms, Q_NORMS_PADDED=_padded(q_norms),
-            CRITICS=2 if self.learns_q else 0, COUNTS=counts,
+        p, norms = self.policy.packed, PolicyAndCritic(self.norms, self.q_norms)
+        metrics = self.metrics if counts else None
+        optimizer.finish[(2, len(self.agents))](
+            self._vectors(self.policy), self.sinusoids, Net.of(p), self._memory(), norms,
+            self.config.eta, metrics, self.steps, self.adam_steps, self.batch_size,
+            self._counts(), self._time_sizes(), Sizes.of(p),
         )  # fmt: skip
 
     # ---- what is called ----------------------------------------------------------------------------------------------
@@ -398,7 +426,7 @@ class FusedUpdate:
             for name, tensor, width in zip(("state", "action", "next_state", "reward", "not_done"), given, widths):
                 require_tensor(name, tensor.contiguous(), (B, width), self.device)
         stacked = [torch.stack(column).contiguous() for column in zip(*batches)]
-        x_T = noises = coin = self.actions
+        x_T = noises = coin = None  # not read without critics
         if self.learns_q:
             x_T = torch.stack([torch.cat([d.target_x_T, d.actor_x_T]) for d in draws])
             noises = torch.stack([torch.cat([d.target_noises, d.actor_noises], dim=1) for d in draws])

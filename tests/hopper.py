@@ -13,9 +13,9 @@ import numpy as np
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+import kernels.gradients
 import kernels.network
 import kernels.ops
-import kernels.training
 
 FRACTION_BITS = 25
 BLOCK = {"fp16": 16, "tf32": 8}
@@ -106,5 +106,5 @@ def install(monkeypatch, ulps: float = 1.0) -> None:
     monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
     monkeypatch.setattr(InterpreterBuilder, "create_exp", lambda self, x: self.unary_op(x, units.exp))
     monkeypatch.setattr(InterpreterBuilder, "create_exp2", lambda self, x: self.unary_op(x, units.exp2))
-    for module in (kernels.network, kernels.training):
+    for module in (kernels.network, kernels.gradients):
         monkeypatch.setattr(module, "mish", mish)

@@ -30,7 +30,9 @@ def tile(size: str, precision: str = "fp16", hidden_dim: int = 128, choose=choos
     """The tile to test: on a GPU a shipped one, which fits; for the interpreter, which pays by the chunk, the same code in few."""
     if DEVICE == "cuda":
         return choose(TILES[size], precision, architecture(torch.device(DEVICE)), hidden_dim)
-    return Tile(turned=True, rows=16, chunk=64, warps=4, stages=2) if size == "small" else Tile(False, 32, 32, 8, 2)
+    if size == "small":
+        return Tile(transposed=True, rows=16, chunk=64, warps=4, stages=2)
+    return Tile(transposed=False, rows=32, chunk=32, warps=8, stages=2)
 
 
 def actor_tile(size: str, n_candidates: int, precision: str = "fp16", hidden_dim: int = 128) -> Tile:

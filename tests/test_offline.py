@@ -111,7 +111,7 @@ import json
 from bench.offline import ARCHITECTURES, cases, tile_of
 for arch in ARCHITECTURES:
     for name, case in cases(arch).items():
-        print(json.dumps([arch, name, tile_of(*case()[2:])]))
+        print(json.dumps([arch, name, tile_of(case())]))
 """
 
 

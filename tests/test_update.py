@@ -35,7 +35,15 @@ import dql  # noqa: E402
 import kernels  # noqa: E402
 from bench.rounding import allowed  # noqa: E402
 from dql import Batch, DiffusionQL, UpdateNoise  # noqa: E402
-from kernels import FusedSampler, FusedUpdate, UnsupportedError, eager, training  # noqa: E402
+from kernels import (  # noqa: E402
+    FusedSampler,
+    FusedUpdate,
+    UnsupportedError,
+    eager,
+    gradients,
+    optimizer,
+    training,
+)
 from kernels.packing import PRECISIONS  # noqa: E402
 from kernels.tiles import Tile, choose_update_tile  # noqa: E402
 
@@ -105,13 +113,13 @@ def test_gradients_of_a_steep_critic_neither_overflow_nor_vanish(precision, stee
 
 
 @needs_interpreter  # on a GPU the tiles are those that are shipped
-@pytest.mark.parametrize("turned", [True, False])
-def test_gradients_of_each_parameter_of_each_layer_are_right(turned):
+@pytest.mark.parametrize("transposed", [True, False])
+def test_gradients_of_each_parameter_of_each_layer_are_right(transposed):
     agents = [make_agent(grad_norm=0.0, critic_lr=0.0) for _ in range(2)]
     batch, noise = away_from_clamps(agents[0], 20)
     exact = to_float64(agents[0])
     exact.update(*doubled(batch, noise))
-    update = fused(agents[1], 20, tile=Tile(turned, 32, 64, 4, 2))
+    update = fused(agents[1], 20, tile=Tile(transposed, 32, 64, 4, 2))
     update.step(batch, noise)
     for name, trained in (("policy", update.policy), ("critic", update.critic)):
         module = getattr(exact, name)
@@ -135,7 +143,7 @@ def test_no_gradient_passes_where_a_clamp_is_active():
 @triton.jit
 def corrections(n, out, LOG_BETA: tl.constexpr):
     i = tl.arange(0, 256)
-    tl.store(out + i, training._one_minus_power(LOG_BETA, tl.load(n + i)))
+    tl.store(out + i, optimizer._one_minus_power(LOG_BETA, tl.load(n + i)))
 
 
 @pytest.mark.parametrize("arithmetic", ["exact", pytest.param("hopper", marks=needs_interpreter)])
@@ -252,8 +260,13 @@ def test_an_update_is_a_handful_of_launches_however_many_agents_there_are(monkey
         def __getitem__(self, grid):
             return lambda *_, **__: launched.append(grid)
 
-    for name in ("sample", "fit", "weight_gradients", "adam", "climb", "time_gradient", "finish"):
-        monkeypatch.setattr(training, name, Counted())
+    for module, names in (
+        (training, ("sample", "fit", "climb")),
+        (gradients, ("weight_gradients", "time_gradient")),
+        (optimizer, ("adam", "finish")),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, Counted())
     update.run(1)
     assert len(launched) == n_launches and {grid[-1] for grid in launched} == {n_agents}
 
