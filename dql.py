@@ -1,24 +1,22 @@
 """Diffusion-QL (Wang, Hunt, Zhou, ICLR 2023, arXiv 2208.06193): the paper in one file.
 
-The policy is a diffusion model over actions (section 3.1): a reverse chain of T steps, eq. 1, turns
-noise into an action a⁰, given the state s. Training (section 3.2, algorithm 1) minimises
+The policy is a diffusion model over actions (section 3.1): a reverse chain of T steps (the paper's
+N), eq. 1, turns noise into an action a⁰, given the state s. Training (section 3.2, algorithm 1)
+minimises
 
     L_d(θ) = E ‖ε - ε_θ(√ᾱ_t·a + √(1-ᾱ_t)·ε, s, t)‖²      behaviour cloning              (eq. 2)
-    L(θ) = L_d(θ) - η · E[Q_φ(s, a⁰)]                     the policy                     (eq. 3)
+    L(θ) = L_d(θ) - α · E[Q_φ(s, a⁰)], α = η / E|Q_φ|     the policy                     (eq. 3)
     L(φ) = E ‖r + γ·min_i Q'_i(s', a'⁰) - Q_i(s, a)‖²     twin critics, i = 1, 2         (eq. 4)
 
 where the gradient of Q flows through the whole chain. Read DiffusionPolicy, TwinCritic, then
-DiffusionQL.update. This file needs torch and numpy alone: copy it anywhere, and train on arrays.
+DiffusionQL.update. This file needs only torch and numpy: copy it anywhere, and train on arrays.
 
     agent = DiffusionQL(state_dim, action_dim, eta=1.0)
     data = Transitions(states, actions, next_states, rewards, terminals)
-    losses = Updates([agent], data, batch_size=256).run(10_000)
+    [losses] = Updates([agent], data, batch_size=256).run(10_000)
     action = agent.act(state)
 
-With the rest of the project beside it, it is also the command line:
-
-    python dql.py --env antmaze-umaze-v0    # the paper's recipe; --quick: a recipe for a laptop
-
+With the rest of the project beside it, `python dql.py --env antmaze-umaze-v0` trains and evaluates.
 Where the paper and the authors' code differ, the code is followed: it made the published scores.
 """
 
@@ -33,7 +31,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.func import functional_call
 
 # ---- Hyperparameters -----------------------------------------------------------------------------
 
@@ -50,9 +47,9 @@ class Config:
     discount: float = 0.99  # γ
     tau: float = 0.005  # how fast the target critics follow
     ema_decay: float = 0.995  # of the averaged policy, which samples the targets' actions
-    ema_start: int = 1000  # updates before averaging begins: the first ones move too far
+    ema_start: int = 1000  # updates before averaging begins; until then it is the initial policy
     ema_every: int = 5  # updates between averaging steps
-    n_timesteps: int = 5  # T, denoising steps; 5 do as well as 50 (section 5.4)
+    n_timesteps: int = 5  # T, denoising steps
     schedule: str = "vp"  # noise schedule: vp, linear or cosine
     hidden_dim: int = 256  # width of the three hidden layers of policy and critics
 
@@ -63,11 +60,11 @@ class Recipe(NamedTuple):
     reward_tune: str  # what is done to rewards: see trainer/data.py
     epochs: int  # of 1000 updates
     grad_norm: float
-    top_k: int  # offline model selection takes the checkpoint whose BC loss has this rank
+    top_k: int  # offline model selection takes the BC loss of this rank, 0 the lowest
     lr: float = 3e-4
 
 
-RECIPES = {
+RECIPES = {  # eta, max-Q backup, rewards, epochs, gradient norm, rank of the BC loss
     "halfcheetah-medium-v2": Recipe(1.0, False, "none", 2000, 9.0, 1),
     "hopper-medium-v2": Recipe(1.0, False, "none", 2000, 9.0, 2),
     "walker2d-medium-v2": Recipe(1.0, False, "none", 2000, 1.0, 1),
@@ -118,8 +115,7 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
-        half = dim // 2
-        freq = torch.exp(torch.arange(half) * -(math.log(10000) / (half - 1)))
+        freq = torch.exp(torch.arange(dim // 2) * -(math.log(10000) / (dim // 2 - 1)))
         self.register_buffer("freq", freq, persistent=False)
 
     def forward(self, t):
@@ -147,9 +143,8 @@ class DiffusionPolicy(nn.Module):
         self.state_dim, self.action_dim, self.max_action = state_dim, action_dim, max_action
         self.n_timesteps, self.schedule = n_timesteps, schedule
         d, h = self.TIME_DIM, hidden_dim
-        self.time_mlp = nn.Sequential(
-            TimeEmbedding(d), nn.Linear(d, 2 * d), nn.Mish(), nn.Linear(2 * d, d)
-        )
+        layers = TimeEmbedding(d), nn.Linear(d, 2 * d), nn.Mish(), nn.Linear(2 * d, d)
+        self.time_mlp = nn.Sequential(*layers)
         self.mid_layer = hidden_layers(action_dim + d + state_dim, h)
         self.final_layer = nn.Linear(h, action_dim)
 
@@ -169,7 +164,7 @@ class DiffusionPolicy(nn.Module):
         self.sigma = variance.clamp(min=1e-20).sqrt().tolist()
 
     def predict_noise(self, x, t, state):
-        """ε_θ(a_t, s, t): x (B,A), t (B,) int64 in 0..T-1, state (B,S) -> (B,A)"""
+        """ε_θ(a_t, s, t): x (B,A), t (B,) int64, the paper's t - 1, state (B,S) -> (B,A)"""
         return self.final_layer(self.mid_layer(torch.cat([x, self.time_mlp(t), state], dim=1)))
 
     def bc_loss(self, state, action, *, t=None, noise=None):
@@ -186,8 +181,9 @@ class DiffusionPolicy(nn.Module):
         return F.mse_loss(self.predict_noise(scale * action + spread * noise, t, state), noise)
 
     def sample(self, state, *, x_T=None, noises=None):
-        """The reverse chain (eq. 1), differentiable through all T steps: state (B,S) -> (n·B, A).
+        """The reverse chain, differentiable through all T steps: state (B,S) -> (n·B, A).
 
+        Eq. 1 as released: x̂_0 is clipped, and the noise has the posterior's deviation, not √β.
         Actions lie within ±max_action. x_T (n·B, A) is the starting noise, row b·n+j belonging to
         state b; noises (T, n·B, A) are added after each step, noises[0] first, the last one never.
         Both are drawn where not given, with n = 1.
@@ -216,7 +212,6 @@ class TwinCritic(nn.Module):
     def __init__(self, state_dim, action_dim, *, hidden_dim=256):
         super().__init__()
         self.state_dim, self.action_dim, h = state_dim, action_dim, hidden_dim
-
         self.q1_model = nn.Sequential(*hidden_layers(state_dim + action_dim, h), nn.Linear(h, 1))
         self.q2_model = nn.Sequential(*hidden_layers(state_dim + action_dim, h), nn.Linear(h, 1))
 
@@ -235,7 +230,7 @@ class Batch(NamedTuple):
     action: torch.Tensor  # (B,A)
     next_state: torch.Tensor  # (B,S)
     reward: torch.Tensor  # (B,1)
-    not_done: torch.Tensor  # (B,1), 0 where the episode ended
+    not_done: torch.Tensor  # (B,1), 0 where s' is terminal; a time-out is not
 
 
 @dataclass
@@ -260,17 +255,18 @@ class DiffusionQL:
     algo = "ql"
     MAX_Q_SAMPLES = 10
     NETWORKS = "policy", "policy_ema", "critic", "critic_target"
+    OPTIMIZERS = "policy_optimizer", "critic_optimizer"
 
     def __init__(
         self, state_dim, action_dim, *, max_action=1.0, device="cpu", seed=0, **hyperparameters
     ):
         self.config = c = Config(**hyperparameters)
-        self.device, self.seed, self.step = torch.device(device), seed, 0
+        self.device, self.seed, self.step = torch.device(device), int(seed), 0
         self.n_target_samples = self.MAX_Q_SAMPLES if c.max_q_backup else 1
-        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.generator = torch.Generator(self.device).manual_seed(self.seed)
         chain = dict(n_timesteps=c.n_timesteps, schedule=c.schedule, max_action=max_action)
         with torch.random.fork_rng(devices=[]):  # drawn on the CPU: the same on every device
-            torch.manual_seed(seed)
+            torch.manual_seed(self.seed)
             policy = DiffusionPolicy(state_dim, action_dim, hidden_dim=c.hidden_dim, **chain)
             critic = TwinCritic(state_dim, action_dim, hidden_dim=c.hidden_dim)
         self.policy, self.critic = policy.to(self.device), critic.to(self.device)
@@ -282,7 +278,7 @@ class DiffusionQL:
     def update(self, batch, noise: UpdateNoise | None = None) -> dict:
         """Algorithm 1: a step of critics, policy and averages on a batch (Batch, or its fields).
 
-        -> name -> 0-d tensor: the losses, and the gradients' norms before clipping
+        Returns {name: 0-d tensor}, the losses and the gradients' norms before clipping.
         """
         batch, c = Batch(*batch), self.config
         noise = self.draw_noise(len(batch.state)) if noise is None else noise
@@ -293,9 +289,9 @@ class DiffusionQL:
             next_action = self.policy_ema.sample(
                 batch.next_state, x_T=noise.target_x_T, noises=noise.target_noises
             )
-            q1, q2 = self.critic_target(batch.next_state, next_action)
-            q1, q2 = (q.view(len(batch.state), -1).amax(dim=1, keepdim=True) for q in (q1, q2))
-            target = batch.reward + c.discount * batch.not_done * torch.min(q1, q2)
+            target_q = self.critic_target(batch.next_state, next_action)
+            target_q = [q.view(len(batch.state), -1).amax(dim=1, keepdim=True) for q in target_q]
+            target = batch.reward + c.discount * batch.not_done * torch.min(*target_q)
 
         # Critics: the squared Bellman error (eq. 4).
         q1, q2 = self.critic(batch.state, batch.action)
@@ -303,17 +299,18 @@ class DiffusionQL:
         critic_grad_norm = self.gradient_step(self.critic_optimizer, critic_loss)
 
         # Policy: stay near the data (eq. 2), and climb the Q just updated through the whole chain
-        # (eq. 3). A coin says which critic; the other's mean |Q| takes the rewards' scale out of η.
+        # (eq. 3). A coin says which critic; the other's mean |Q| takes the rewards' scale out of η
+        # (in the paper, at the data's actions). Only the actions get Q's gradient, no critic does.
         bc_loss = self.policy.bc_loss(batch.state, batch.action, t=noise.t, noise=noise.bc_noise)
         action = self.policy.sample(batch.state, x_T=noise.actor_x_T, noises=noise.actor_noises)
         frozen = {name: p.detach() for name, p in self.critic.named_parameters()}
-        q1, q2 = functional_call(self.critic, frozen, (batch.state, action))
+        q1, q2 = torch.func.functional_call(self.critic, frozen, (batch.state, action))
         q, other = (q1, q2) if noise.coin > 0.5 else (q2, q1)
         q_loss = -q.mean() / other.abs().mean().detach()
         actor_loss = bc_loss + c.eta * q_loss
         actor_grad_norm = self.gradient_step(self.policy_optimizer, actor_loss)
 
-        # Averages: the target critics follow every update, the averaged policy every fifth.
+        # Averages: the target critics follow every update, the averaged policy when it is due.
         self.move_averages()
         metrics = {"critic_loss": critic_loss, "critic_grad_norm": critic_grad_norm}
         metrics |= {"bc_loss": bc_loss, "q_loss": q_loss}
@@ -322,18 +319,17 @@ class DiffusionQL:
 
     def gradient_step(self, optimizer, loss) -> torch.Tensor:
         """One step on loss, its gradient clipped -> the gradient's norm before clipping, ()"""
-        parameters = optimizer.param_groups[0]["params"]
         optimizer.zero_grad()
         loss.backward()
         limit = self.config.grad_norm or math.inf
-        norm = nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
+        norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], limit, foreach=True)
         optimizer.step()
         return norm
 
     @torch.no_grad()
     def move_averages(self):
-        """An update is done: average <- (1 - rate)·average + rate·current."""
-        pairs = [(self.critic_target, self.critic, self.config.tau)] if self.algo == "ql" else []
+        """End an update: average <- (1 - rate)·average + rate·current."""
+        pairs = [] if self.algo == "bc" else [(self.critic_target, self.critic, self.config.tau)]
         if self.policy_average_is_due():
             pairs.append((self.policy_ema, self.policy, 1 - self.config.ema_decay))
         for average, current, rate in pairs:
@@ -362,18 +358,20 @@ class DiffusionQL:
 
     @torch.no_grad()
     def act(self, state, n_candidates=50, *, generator=None):
-        """The offline choice: of n_candidates samples for each state, one by softmax of min Q'_i.
+        """Of n_candidates samples for each state, one is drawn by the softmax of min Q'_i.
 
-        state (S,) or (N,S), numpy or torch -> (A,) or (N,A) of the same kind
+        state (S,) or (N,S), numpy or torch -> (A,) or (N,A) of the same kind. generator: else the
+        agent's own, from which training draws too. Raises ValueError for another S.
         """
-        states = torch.as_tensor(state, dtype=torch.float32, device=self.device)
-        flat, generator = states.view(-1, self.policy.state_dim), generator or self.generator
+        states, S = torch.as_tensor(state, dtype=torch.float32), self.policy.state_dim
+        if states.shape[-1:] != (S,):
+            raise ValueError(f"states have {S} numbers each, not the shape {tuple(states.shape)}")
+        flat, generator = states.to(self.device).view(-1, S), generator or self.generator
         shape = self.config.n_timesteps + 1, n_candidates * len(flat), self.policy.action_dim
         noise = torch.randn(*shape, generator=generator, device=self.device)
         actions, q = self.propose(flat, noise)
         pick = torch.multinomial(q.softmax(dim=1), 1, generator=generator)
-        action = actions[torch.arange(len(flat), device=self.device), pick[:, 0]]
-        action = action.view(*states.shape[:-1], -1)
+        action = actions.take_along_dim(pick[:, :, None], dim=1).view(*states.shape[:-1], -1)
         return action.to(state.device) if torch.is_tensor(state) else action.cpu().numpy()
 
     def propose(self, state, noise):
@@ -386,27 +384,27 @@ class DiffusionQL:
         return {name: getattr(self, name) for name in self.NETWORKS}
 
     def state_dict(self) -> dict:
-        """Name -> tensor, all that an exact resume needs: weights, Adam's moments, randomness."""
+        """{name: copy}, all that an exact resume needs: weights, Adam's moments, randomness."""
         state = {"step": torch.tensor(self.step), "seed": torch.tensor(self.seed)}
         state["generator"] = self.generator.get_state()
         for name, module in self.networks().items():
             state |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
-        for name in ("policy_optimizer", "critic_optimizer"):
+        for name in self.OPTIMIZERS:
             moments = list(getattr(self, name).state.values())
             state[f"{name}.step"] = moments[0]["step"]
             for key in ("exp_avg", "exp_avg_sq"):
                 state[f"{name}.{key}"] = torch.cat([m[key].flatten() for m in moments])
-        return state
+        return {name: value.clone() for name, value in state.items()}
 
     def load_state_dict(self, state: dict, *, weights_only=False):
-        """Restore, in place, what state_dict() gave; weights_only: the networks alone, for acting.
-        Raises KeyError or RuntimeError for a missing name or a wrong shape."""
+        """Restore, in place, the state_dict() of an agent of the same Config; weights_only: the
+        networks alone, for acting. Raises KeyError or RuntimeError: a name or a shape is wrong."""
         for name, module in self.networks().items():
             own = {k[len(name) + 1 :]: v for k, v in state.items() if k.startswith(f"{name}.")}
             module.load_state_dict(own)
         if weights_only:
             return
-        for name in ("policy_optimizer", "critic_optimizer"):
+        for name in self.OPTIMIZERS:
             moments = list(getattr(self, name).state.values())
             for key in ("exp_avg", "exp_avg_sq"):
                 saved = state[f"{name}.{key}"].split([m[key].numel() for m in moments])
@@ -456,10 +454,13 @@ class Transitions:
     """A data set on the device, sampled uniformly with replacement."""
 
     def __init__(self, state, action, next_state, reward, terminal, device="cpu"):
-        """numpy arrays (N,S), (N,A), (N,S), (N,), (N,)"""
-        not_done = 1.0 - terminal[:, None].astype(np.float32)
-        columns = state, action, next_state, reward[:, None], not_done
-        columns = (np.ascontiguousarray(column, dtype=np.float32) for column in columns)
+        """Arrays (N,S), (N,A) within ±max_action, (N,S), (N,), and (N,), 1 where s' is terminal.
+        Raises ValueError for unequal lengths."""
+        columns = state, action, next_state, reward, terminal
+        columns = [np.ascontiguousarray(column, dtype=np.float32) for column in columns]
+        if len({len(column) for column in columns}) > 1:
+            raise ValueError(f"arrays of unequal lengths: {[len(column) for column in columns]}")
+        columns[3:] = columns[3].reshape(-1, 1), 1.0 - columns[4].reshape(-1, 1)
         self.columns = [torch.as_tensor(column, device=device) for column in columns]
 
     def __len__(self):
@@ -491,7 +492,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         from trainer.command import main as run
     except ImportError as e:
-        sys.exit(f"error: D4RL tasks need the whole project and its requirements.txt: {e}")
+        sys.exit(f"error: the command line needs the whole project and its requirements.txt: {e}")
     return run(argv)
 
 

@@ -82,7 +82,7 @@ def _try(agents: list, step, transitions, options: Options) -> None:
     """One update by step(batch, noise), and by the first agent in plain torch: the same metrics, or
     ValueError. Afterwards the agents are what they were, also where it fails."""
     agent = agents[0]
-    before = [{name: x.clone() for name, x in a.state_dict().items()} for a in agents]
+    before = [a.state_dict() for a in agents]
     rows = torch.arange(options.batch_size, device=agent.device) % len(transitions)
     batch = Batch(*(column[rows] for column in transitions.columns))
     noise = agent.draw_noise(options.batch_size)
