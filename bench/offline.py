@@ -1,8 +1,7 @@
 """What ptxas makes of the kernels, without a GPU: registers, spills, shared memory, instructions.
 
-    python -m bench.offline                                  # everything, into
-    bench/results/offline.json python -m bench.offline --arch 90 --only "256 fp16$"     # some, and
-    only printed
+    python -m bench.offline                              # everything, into results/offline.json
+    python -m bench.offline --arch 90 --only "256 fp16$" # some, only printed
 
 Each kernel's launch is recorded, with the arguments that it gets on a GPU, and compiled for the GPU
 as the launch would. Nothing is timed. Spills are local loads and stores counted in the machine
@@ -32,7 +31,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from bench.timing import RESULTS
 from dql import DiffusionPolicy, DiffusionQL, TwinCritic
-from kernels import actor, gradients, optimizer, sampler, training, update
+from kernels import actor, gradients, launches, optimizer, sampler, training
 from kernels.packing import HIDDEN_DIMS, PRECISIONS
 from kernels.tiles import ARCHITECTURES, LITTLE_MEMORY, Tile, choose_actor_tile, choose_tile
 from trainer.folder import save_json
@@ -107,25 +106,16 @@ def update_launches(arch: int, precision: str, hidden_dim: int) -> list[Launch]:
     kernels = [(training, name) for name in ("sample", "fit", "climb")]
     kernels += [(gradients, "weight_gradients"), (gradients, "time_gradient")]
     kernels += [(optimizer, "adam"), (optimizer, "finish")]
-    fused = []
-
-    def make():
-        fused.append(update.FusedUpdate(agent, None, BATCH, precision))
-
-    with (
-        patch.object(update, "architecture", lambda device: arch),
-        patch.object(update, "interpreting", lambda: True),  # so that it takes tensors of a CPU
-    ):
-        recorded(make, *kernels)
-    fused[0].columns = [torch.zeros(1000, 1)] * 5
-    launches = recorded(fused[0]._launch, *kernels)
-    names = [launch.kernel.fn.__name__ for launch in launches]
+    fused = launches.Launches([agent], BATCH, precision, arch)
+    data = training.Columns(*[torch.zeros(1000, 1)] * 5)
+    found = recorded(lambda: fused.update(data), *kernels)
+    names = [launch.kernel.fn.__name__ for launch in found]
     assert names == [name.split()[0] for name in LAUNCHES]
-    return launches
+    return found
 
 
 def cases(arch: int, hidden_dims=HIDDEN_DIMS) -> dict:
-    """name -> a function that gives its Launch, for every tile, width and precision of sm_{arch}."""
+    """{name: a function that gives its Launch}, for all tiles, widths, precisions of sm_{arch}."""
     found = {}
     for size, n in BATCHES.items():
         for H in hidden_dims:
@@ -216,8 +206,9 @@ def main(argv: list[str] | None = None) -> None:
             print(json.dumps(result), flush=True)
             found.append(result)
     if len(todo) == sum(len(cases(arch)) for arch in ARCHITECTURES):
-        save_json(RESULTS / "offline.json", {**describe(), "triton": triton.__version__, "cases":
-        found})
+        save_json(
+            RESULTS / "offline.json", {**describe(), "triton": triton.__version__, "cases": found}
+        )
 
 
 if __name__ == "__main__":

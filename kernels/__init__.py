@@ -1,16 +1,18 @@
-"""Diffusion policies fused into Triton kernels: a reverse-diffusion chain, or a whole decision, in one launch; an update in nine.
+"""Diffusion policies fused into Triton kernels.
 
-    sampler = kernels.FusedSampler(policy)          # a dql.DiffusionPolicy, or a module with its attributes
+A reverse-diffusion chain, or a whole decision, is one launch; an update is nine.
+
+    sampler = kernels.FusedSampler(policy)          # a dql.DiffusionPolicy
     actions = sampler(states)                       # (B, state_dim) -> (B, action_dim)
     actor = kernels.FusedActor(policy, critic, 50)  # best of 50 by a dql.TwinCritic
     actions = actor(states)                         # (B, state_dim) -> (B, action_dim)
-    update = kernels.FusedUpdate(agent, transitions, 256)  # a dql.DiffusionQL; or several, side by side
+    update = kernels.FusedUpdate(agent, transitions, 256)  # one dql.DiffusionQL, or several
     losses = update.run(1000)                       # a thousand updates
 
-kernels.graphs captures what can be captured in a CUDA graph.
-
-kernels.available() says whether they can run here, kernels.why_not() why not. They also run on CPU tensors in Triton's
-interpreter (TRITON_INTERPRET=1), slowly, which is how they are tested. Nothing here has been run on a GPU yet.
+kernels.graphs captures functions of tensors in CUDA graphs; kernels.eager makes plain agents
+faster without Triton. kernels.available() says whether the fused kernels can run here,
+kernels.why_not() why not. They also run on CPU tensors in Triton's interpreter
+(TRITON_INTERPRET=1), slowly, which is how they are tested. Nothing here has been run on a GPU yet.
 """
 
 from importlib.util import find_spec
@@ -29,11 +31,13 @@ if find_spec("triton"):
 
 
 def __getattr__(name):
-    raise ImportError(NO_TRITON) if name in __all__ else AttributeError(f"module 'kernels' has no attribute {name!r}")
+    if name in __all__:
+        raise ImportError(NO_TRITON)
+    raise AttributeError(f"module 'kernels' has no attribute {name!r}")
 
 
 def why_not() -> str:
-    """In a line, why the kernels cannot run on this machine's GPU or in the interpreter; empty if they can."""
+    """In a line, why the kernels cannot run here, GPU or interpreter; "" if they can."""
     if not find_spec("triton"):
         return NO_TRITON
     if interpreting():
@@ -42,7 +46,8 @@ def why_not() -> str:
         return "no CUDA GPU was found"
     major, minor = torch.cuda.get_device_capability()
     if major < 8:
-        return f"{torch.cuda.get_device_name()} is sm_{major}{minor}; the kernels need sm_80 (A100) or newer"
+        name = torch.cuda.get_device_name()
+        return f"{name} is sm_{major}{minor}; the kernels need sm_80 (A100) or newer"
     return ""
 
 

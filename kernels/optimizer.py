@@ -34,13 +34,6 @@ class Destination(NamedTuple):
     factor: torch.Tensor  # (size,): what the parameter is multiplied by
 
 
-class Rates(NamedTuple):
-    """Learning rates: one for each period of `every` steps, the last one from then on."""
-
-    rates: torch.Tensor  # (periods + 1,)
-    every: int
-
-
 class Averaging(NamedTuple):
     """average ← average + rate·(p - average) at every `every`-th step from start on."""
 
@@ -57,7 +50,6 @@ class Adam(NamedTuple):
     log_beta_1: float
     log_beta_2: float
     eps: float
-    periods: int  # of the learning rate, without the last
     size: int  # parameters of an agent
     norms: int  # sums of squares that make the norm of an agent's gradient
     weights: int  # numbers in a packed copy of the weights
@@ -85,13 +77,13 @@ def _norm(squares, N: tl.constexpr):
 
 @triton.jit
 def adam(
-    vectors, destination, net, norms, max_norm, steps, adam_steps, rates, averaging,
+    vectors, destination, net, norms, max_norm, rate, steps, adam_steps, averaging,
     settings: tl.constexpr,
 ):  # fmt: skip
     """Programs (block, agent): clip by the global norm, Adam, average, packed copies of both.
 
-    norms (n, norms): sums of squares of the gradient, or None not to clip. steps, adam_steps (n,).
-    net holds each agent's copies, of the average and of the parameters.
+    norms (n, norms): sums of squares of the gradient, or None not to clip. rate (1,): the learning
+    rate. steps, adam_steps (n,). net holds each agent's copies, the average's and the parameters'.
     """
     PRECISION: tl.constexpr = settings.precision
     agent = tl.program_id(1)
@@ -104,13 +96,12 @@ def adam(
         clip = tl.minimum(max_norm / (norm + 1e-6), 1.0, propagate_nan=tl.PropagateNan.ALL)
         g = g * clip
     step, n = tl.load(steps + agent), tl.load(adam_steps + agent) + 1.0
-    lr = tl.load(rates.rates + tl.minimum(step // rates.every, settings.periods))
     m = tl.load(vectors.momentum + at, mask=there, other=0.0)
     v = tl.load(vectors.variance + at, mask=there, other=0.0)
     m = m + (1.0 - settings.beta_1) * (g - m)
     v = settings.beta_2 * v + (1.0 - settings.beta_2) * g * g
     p = tl.load(vectors.parameters + at, mask=there, other=0.0)
-    size = lr / _one_minus_power(settings.log_beta_1, n)
+    size = tl.load(rate) / _one_minus_power(settings.log_beta_1, n)
     root = tl.sqrt(v) / tl.sqrt(_one_minus_power(settings.log_beta_2, n))
     p = p - size * m / (root + settings.eps)
     e = tl.load(vectors.average + at, mask=there, other=0.0)

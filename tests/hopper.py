@@ -31,7 +31,10 @@ def tensor_core(a, b, total, block):
     """total + a·b, (m,k), (k,n), (m,n), as matrix units add it up."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     for k in range(0, a.shape[1], block):
-        terms = np.concatenate([a[:, k : k + block, None] * b[None, k : k + block], total[:, None].astype(np.float64)], axis=1)
+        terms = np.concatenate(
+            [a[:, k : k + block, None] * b[None, k : k + block], total[:, None].astype(np.float64)],
+            axis=1,
+        )
         exponent = np.frexp(np.abs(terms).max(axis=1))[1] - 1
         unit = np.ldexp(1.0, exponent - FRACTION_BITS)
         total = towards_zero(np.trunc(terms / unit[:, None]).sum(axis=1) * unit)
@@ -78,7 +81,9 @@ class Approximations:
 
     def shared_reciprocals(self, a):
         """-1/a, (m, n), of which rows r and r + 8 of columns c and c + 1 share one division."""
-        (a_0, a_1), (a_2, a_3) = grouped = a.reshape(len(a) // 16, 2, 8, -1, 2).transpose(1, 4, 0, 2, 3)
+        (a_0, a_1), (a_2, a_3) = grouped = a.reshape(len(a) // 16, 2, 8, -1, 2).transpose(
+            1, 4, 0, 2, 3
+        )
         p, q = a_0 * a_1, a_2 * a_3
         r = -self.off(1.0 / (p * q).astype(np.float64), 0.5)
         p, q = p * r, q * r
@@ -87,7 +92,9 @@ class Approximations:
         return inverse.transpose(2, 0, 3, 4, 1).reshape(a.shape)
 
     def mish(self, u):
-        e = self.exp2(np.fmin(u, np.float32(15)))  # of NaN and 15 it is 15: a broken row spares its neighbours
+        e = self.exp2(
+            np.fmin(u, np.float32(15))
+        )  # of NaN and 15 it is 15: a broken row spares its neighbours
         a = e * (e * np.float32(0.5) + np.float32(1)) + np.float32(1)
         return (u.astype(np.float64) * self.shared_reciprocals(a) + u).astype(np.float32)
 
@@ -104,7 +111,11 @@ def install(monkeypatch, ulps: float = 1.0) -> None:
             return tl.core.tensor(TensorHandle(units.mish(u.handle.data), u.handle.dtype), u.type)
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
-    monkeypatch.setattr(InterpreterBuilder, "create_exp", lambda self, x: self.unary_op(x, units.exp))
-    monkeypatch.setattr(InterpreterBuilder, "create_exp2", lambda self, x: self.unary_op(x, units.exp2))
+    monkeypatch.setattr(
+        InterpreterBuilder, "create_exp", lambda self, x: self.unary_op(x, units.exp)
+    )
+    monkeypatch.setattr(
+        InterpreterBuilder, "create_exp2", lambda self, x: self.unary_op(x, units.exp2)
+    )
     for module in (kernels.network, kernels.gradients):
         monkeypatch.setattr(module, "mish", mish)

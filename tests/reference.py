@@ -22,7 +22,9 @@ from kernels.packing import architecture
 from kernels.tiles import ProductTile, Tile, choose_actor_tile, choose_tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-needs_interpreter = pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU kernels are compiled, not interpreted")
+needs_interpreter = pytest.mark.skipif(
+    DEVICE == "cuda", reason="on a GPU kernels are compiled, not interpreted"
+)
 TILES = {"small": 1, "large": 1 << 20}  # rows of a batch that gets the tile
 
 
@@ -35,13 +37,22 @@ def tile(size: str, precision: str = "fp16", hidden_dim: int = 128, choose=choos
     return Tile(transposed=False, rows=32, chunk=32, warps=8, stages=2)
 
 
-def actor_tile(size: str, n_candidates: int, precision: str = "fp16", hidden_dim: int = 128) -> Tile:
-    return tile(size, precision, hidden_dim, lambda n_states, *which: choose_actor_tile(n_states, n_candidates, *which))
+def actor_tile(
+    size: str, n_candidates: int, precision: str = "fp16", hidden_dim: int = 128
+) -> Tile:
+    return tile(
+        size,
+        precision,
+        hidden_dim,
+        lambda n_states, *which: choose_actor_tile(n_states, n_candidates, *which),
+    )
 
 
 def make_policy(state_dim=11, action_dim=3, *, gain=1.0, seed=0, **how):
     torch.manual_seed(seed)
-    policy = DiffusionPolicy(state_dim, action_dim, **{"hidden_dim": 128} | how).requires_grad_(False)
+    policy = DiffusionPolicy(state_dim, action_dim, **{"hidden_dim": 128} | how).requires_grad_(
+        False
+    )
     for p in policy.parameters():
         p *= gain
     return policy.to(DEVICE)
@@ -57,7 +68,11 @@ def make_critic(state_dim=11, action_dim=3, *, gain=1.0, seed=10, hidden_dim=128
 
 def make_noise(policy, n, seed=1):
     g = torch.Generator().manual_seed(seed)
-    shapes = (n, policy.state_dim), (n, policy.action_dim), (policy.n_timesteps, n, policy.action_dim)
+    shapes = (
+        (n, policy.state_dim),
+        (n, policy.action_dim),
+        (policy.n_timesteps, n, policy.action_dim),
+    )
     return [torch.randn(*shape, generator=g).to(DEVICE) for shape in shapes]
 
 
@@ -87,8 +102,15 @@ def eager_at(policy, precision, state, x_T, noises):
         h = torch.cat([x, time, state], dim=1)
         for layer in policy.mid_layer[::2]:
             h = F.mish(rounded_linear(layer, h, precision))
-        x_0 = (policy.x0_from_x[t] * x - policy.x0_from_eps[t] * rounded_linear(policy.final_layer, h, precision)).clamp(-m, m)
-        x = policy.mean_from_x0[t] * x_0 + policy.mean_from_x[t] * x + (policy.sigma[t] * noises[k] if t else 0)
+        x_0 = (
+            policy.x0_from_x[t] * x
+            - policy.x0_from_eps[t] * rounded_linear(policy.final_layer, h, precision)
+        ).clamp(-m, m)
+        x = (
+            policy.mean_from_x0[t] * x_0
+            + policy.mean_from_x[t] * x
+            + (policy.sigma[t] * noises[k] if t else 0)
+        )
     return x.clamp(-m, m)
 
 
@@ -108,11 +130,16 @@ def error(actual, expected):
 # As for TILES: the interpreter pays by the program, so it gets few large ones of the same code.
 UPDATE_TILES = {}
 if DEVICE == "cpu":
-    UPDATE_TILES = dict(tile=Tile(True, 64, 128, 4, 2), product_tile=ProductTile(128, 128, 128, 4, 2))
+    UPDATE_TILES = dict(
+        tile=Tile(True, 64, 128, 4, 2), product_tile=ProductTile(128, 128, 128, 4, 2)
+    )
 
 
 def make_agent(state_dim=11, action_dim=3, *, seed=0, algo="ql", **how):
-    make, how = {"ql": DiffusionQL, "bc": DiffusionBC}[algo], {"hidden_dim": 128, "ema_start": 0} | how
+    make, how = (
+        {"ql": DiffusionQL, "bc": DiffusionBC}[algo],
+        {"hidden_dim": 128, "ema_start": 0} | how,
+    )
     return make(state_dim, action_dim, device=DEVICE, seed=seed, **how)
 
 
@@ -140,19 +167,15 @@ def first_moment(agent, name):
     return flat(state["exp_avg"] for state in getattr(agent, f"{name}_optimizer").state.values())
 
 
-# The memory that launches hand on to each other.
-MEMORY = "inputs saved du dy epsilons actions target_values q_inputs q_saved q_du q_dy table losses values norms q_norms".split()
-
-
 def fused(agents, batch_size, precision="fp32", transitions=None, **how):
     """A FusedUpdate whose memory holds nothing that could be taken for a result."""
     from kernels import FusedUpdate
 
     update = FusedUpdate(agents, transitions, batch_size, precision, **UPDATE_TILES | how)
-    for name in MEMORY:
-        getattr(update, name).fill_(float("nan"))
-    for trained in (update.policy, update.critic):
-        trained.gradient.fill_(float("nan"))
+    own = update.launches
+    handed_on = [*own.memory.policy, *own.memory.critic, *own.memory[2:], own.table, *own.norms]
+    for x in (*handed_on, update.policy.vectors.gradient, update.critic.vectors.gradient):
+        x.fill_(float("nan"))
     return update
 
 
@@ -166,26 +189,43 @@ def make_batch(agent, n, seed=1):
 
 def make_transitions(agent, n=100, seed=5):
     state, action, next_state, reward, not_done = make_batch(agent, n, seed)
-    arrays = [x.cpu().numpy() for x in (state, action, next_state, reward[:, 0], 1 - not_done[:, 0])]
+    arrays = [
+        x.cpu().numpy() for x in (state, action, next_state, reward[:, 0], 1 - not_done[:, 0])
+    ]
     return Transitions(*arrays, device=DEVICE)
 
 
 def doubled(batch, noise):
     """A batch and its noise in float64."""
-    fields = {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in vars(noise).items()}
+    fields = {
+        k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v
+        for k, v in vars(noise).items()
+    }
     return Batch(*(x.double() for x in batch)), UpdateNoise(**fields)
 
 
 def distance_from_clamps(policy, state, x_T, noises):
     """How near each row (n,) comes to a bound of a clamp of its chain, in float64: there a gradient jumps. The last clamp, of the
     action itself, is no bound of its own: at t = 0 the mean is the clamped x_0."""
-    policy, state, x, noises = copy.deepcopy(policy).double(), state.double(), x_T.double(), noises.double()
-    m, nearest = policy.max_action, torch.full((len(x),), float("inf"), dtype=torch.float64, device=x.device)
+    policy, state, x, noises = (
+        copy.deepcopy(policy).double(),
+        state.double(),
+        x_T.double(),
+        noises.double(),
+    )
+    m, nearest = (
+        policy.max_action,
+        torch.full((len(x),), float("inf"), dtype=torch.float64, device=x.device),
+    )
     for k, t in enumerate(reversed(range(policy.n_timesteps))):
         epsilon = policy.predict_noise(x, torch.full((len(x),), t, device=x.device), state)
         x_0 = policy.x0_from_x[t] * x - policy.x0_from_eps[t] * epsilon
         nearest = torch.minimum(nearest, (x_0.abs() - m).abs().amin(dim=1))
-        x = policy.mean_from_x0[t] * x_0.clamp(-m, m) + policy.mean_from_x[t] * x + (policy.sigma[t] * noises[k] if t else 0)
+        x = (
+            policy.mean_from_x0[t] * x_0.clamp(-m, m)
+            + policy.mean_from_x[t] * x
+            + (policy.sigma[t] * noises[k] if t else 0)
+        )
     return nearest
 
 
@@ -193,14 +233,22 @@ def imitate(monkeypatch, precision):
     """Eager networks round their operands as the kernels do at this precision."""
     if precision in rounding.ROUND:
         policy, critic = dql.DiffusionPolicy, dql.TwinCritic
-        for owner, name in ((policy, "predict_noise"), (critic, "forward"), (eager, "speed_up_networks")):
+        for owner, name in (
+            (policy, "predict_noise"),
+            (critic, "forward"),
+            (eager, "speed_up_networks"),
+        ):
             monkeypatch.setattr(owner, name, getattr(owner, name))  # so that they are put back
         rounding.imitate(precision)
 
 
 def away_from_clamps(agent, n, seed=1, margin=2e-3, among=6):
     """A batch and noise whose chains stay away from the clamps' bounds, where a gradient jumps."""
-    batch, noise, k = make_batch(agent, among * n, seed), agent.draw_noise(among * n), agent.n_target_samples
+    batch, noise, k = (
+        make_batch(agent, among * n, seed),
+        agent.draw_noise(among * n),
+        agent.n_target_samples,
+    )
     near = distance_from_clamps(agent.policy, batch.state, noise.actor_x_T, noise.actor_noises)
     rows = torch.nonzero(near > margin)[:n, 0]
     assert len(rows) == n, f"only {len(rows)} rows of {among * n} stay away from the clamps"

@@ -140,13 +140,13 @@ def test_trying_the_fused_update_changes_nothing(data, few_programs):
 
 
 def test_a_fused_update_that_is_wrong_is_refused(data, few_programs, monkeypatch):
-    adam = few_programs.FusedUpdate(tiny_agents(), None, 8).__class__._weight_gradients
+    right = few_programs.update.Launches._policy_gradients
 
-    def wrong(update, trained, *args):
-        adam(update, trained, *args)
-        update.norms.mul_(1.3)
+    def wrong(launches):
+        right(launches)
+        launches.norms.policy.mul_(1.3)
 
-    monkeypatch.setattr(few_programs.update.FusedUpdate, "_weight_gradients", wrong)
+    monkeypatch.setattr(few_programs.update.Launches, "_policy_gradients", wrong)
     with pytest.raises(ValueError, match="its actor_grad_norm is"):
         backends.make_updates("fused", Options(batch_size=8), tiny_agents(), transitions_of(data))
 

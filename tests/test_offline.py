@@ -22,7 +22,10 @@ CASES = [
     *(f"sampler {size} 256 fp16" for size in ("small", "large")),
     *(f"actor {size} {hidden} fp16" for size in ("small", "large") for hidden in (128, 512)),
     # The critics' weight gradients and Adam are the policy's kernels with other constants.
-    *(f"update {kernel} 256 fp16" for kernel in ("sample", "fit", "climb", "weight_gradients policy")),
+    *(
+        f"update {kernel} 256 fp16"
+        for kernel in ("sample", "fit", "climb", "weight_gradients policy")
+    ),
     *(f"update {kernel} 256 fp16" for kernel in ("time_gradient", "adam policy", "finish")),
     *(f"update climb 256 {precision}" for precision in ("tf32", "fp16x3", "fp32")),
 ]
@@ -67,14 +70,19 @@ SPILLED = {
 def uninterpreted(*arguments) -> list:
     """The lines of JSON that Python prints where kernels are not defined for the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def compile_cases(*options) -> dict:
     """(sm, case) -> what bench.offline found."""
-    return {(found["arch"], found["case"]): found for found in uninterpreted("-m", "bench.offline", *options)}
+    return {
+        (found["arch"], found["case"]): found
+        for found in uninterpreted("-m", "bench.offline", *options)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +92,14 @@ def compiled():
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("arch", SHARED)
-def test_a_kernel_fits_the_chip_spills_no_more_than_known_and_uses_its_matrix_units(compiled, arch, case):
+def test_a_kernel_fits_the_chip_spills_no_more_than_known_and_uses_its_matrix_units(
+    compiled, arch, case
+):
     found = compiled[arch, case]
     assert found["instructions"] > 700, "compiled to a trap"
-    if found["UTCHMMA"] == 0:  # what allocates the tensor memory of sm_100 brings a check that traps
+    if (
+        found["UTCHMMA"] == 0
+    ):  # what allocates the tensor memory of sm_100 brings a check that traps
         assert found["BPT"] == 0
     assert found["shared"] <= SHARED[arch] and found["undefined"] == 0
     assert found["LDL"] + found["STL"] <= SPILLED.get((arch, case), 0)
@@ -95,14 +107,22 @@ def test_a_kernel_fits_the_chip_spills_no_more_than_known_and_uses_its_matrix_un
         assert found["HGMMA"] + found["UTCHMMA"] + found["HMMA"] == 0
     elif case.endswith("fp32"):
         assert found["FFMA"] > 1000 and found["HGMMA"] + found["UTCHMMA"] + found["HMMA"] == 0
-    elif arch == 90 and "weight_gradients" not in case:  # whose tiles of 32 outputs are too low for a warp group
+    elif (
+        arch == 90 and "weight_gradients" not in case
+    ):  # whose tiles of 32 outputs are too low for a warp group
         assert found["HGMMA"] > 0
     else:
         assert found["UTCHMMA"] + found["HMMA"] > 0
 
 
 def test_the_default_fits_cards_with_little_shared_memory():
-    found = compile_cases("--arch", "89", "--only", "^(sampler|actor) large 256 fp16$", "^update (sample|fit|climb) 256 fp16$")
+    found = compile_cases(
+        "--arch",
+        "89",
+        "--only",
+        "^(sampler|actor) large 256 fp16$",
+        "^update (sample|fit|climb) 256 fp16$",
+    )
     assert len(found) == 5 and max(case["shared"] for case in found.values()) <= 99 * 1024
 
 
@@ -116,14 +136,23 @@ for arch in ARCHITECTURES:
 
 
 def test_the_committed_figures_are_of_every_kernel_that_is_shipped_and_each_fits_its_chip():
-    known = {(found["arch"], found["case"]): found for found in json.loads((RESULTS / "offline.json").read_text())["cases"]}
+    known = {
+        (found["arch"], found["case"]): found
+        for found in json.loads((RESULTS / "offline.json").read_text())["cases"]
+    }
     tiles = {(arch, name): tile for arch, name, tile in uninterpreted("-c", TODAYS_TILES)}
     assert known.keys() == tiles.keys()
     for (arch, name), found in known.items():
-        assert found["tile"] == tiles[arch, name], f"{name} on sm_{arch} has another tile: run bench.offline again"
+        assert found["tile"] == tiles[arch, name], (
+            f"{name} on sm_{arch} has another tile: run bench.offline again"
+        )
         assert found["shared"] <= SHARED[arch], f"{name} on sm_{arch}"
-        assert found["undefined"] == 0, f"{name} on sm_{arch} gives its assembly registers that hold nothing"
-        assert found["instructions"] > 500 and (found["BPT"] == 0 or found["UTCHMMA"] > 0), f"{name} on sm_{arch} is a trap"
+        assert found["undefined"] == 0, (
+            f"{name} on sm_{arch} gives its assembly registers that hold nothing"
+        )
+        assert found["instructions"] > 500 and (found["BPT"] == 0 or found["UTCHMMA"] > 0), (
+            f"{name} on sm_{arch} is a trap"
+        )
 
 
 def test_the_cases_are_those_that_are_shipped(compiled):

@@ -69,6 +69,6 @@ def test_an_imitated_update_is_the_kernels(precision, steepness, arithmetic, mon
     imitate(monkeypatch, precision)
     imitated.update(batch, noise)
     for name, trained in (("policy", update.policy), ("critic", update.critic)):
-        target, kernels = gradient(getattr(imitated, name)), trained.gradient[0]
+        target, kernels = gradient(getattr(imitated, name)), trained.vectors.gradient[0]
         rounded = error(kernels, gradient(getattr(exact, name)))
         assert 1e-5 < rounded and error(kernels, target) < 0.25 * rounded, name

@@ -67,7 +67,15 @@ def assert_gradients_are_right(monkeypatch, size, precision, limit, prepare=lamb
     """One update's gradients err at most limit times as much as eager ones at the same precision. -> both's metrics"""
     state_dim, action_dim, hidden_dim, T, max_action, max_q, n, coin = size
     # critic_lr 0: both actors climb the same critic. No clipping: what is left in the vectors are the gradients.
-    how = dict(hidden_dim=hidden_dim, n_timesteps=T, max_action=max_action, max_q_backup=max_q, critic_lr=0.0, grad_norm=0.0, eta=2.0)
+    how = dict(
+        hidden_dim=hidden_dim,
+        n_timesteps=T,
+        max_action=max_action,
+        max_q_backup=max_q,
+        critic_lr=0.0,
+        grad_norm=0.0,
+        eta=2.0,
+    )
     agents = [make_agent(state_dim, action_dim, **how) for _ in range(3)]
     for agent in agents:
         prepare(agent)
@@ -82,7 +90,7 @@ def assert_gradients_are_right(monkeypatch, size, precision, limit, prepare=lamb
     for name, trained in (("policy", update.policy), ("critic", update.critic)):
         target = gradient(getattr(exact, name))
         most = limit * error(gradient(getattr(plain, name)), target)
-        found = error(trained.gradient[0], target)
+        found = error(trained.vectors.gradient[0], target)
         assert found <= max(most, FLOAT32), f"{name}: fused {found:.2e}, allowed {most:.2e}"
     return metrics, expected
 
@@ -90,8 +98,12 @@ def assert_gradients_are_right(monkeypatch, size, precision, limit, prepare=lamb
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("size", SIZES)
 def test_gradients_err_no_more_than_eager_ones_allow(size, precision, monkeypatch):
-    metrics, expected = assert_gradients_are_right(monkeypatch, size, precision, allowed(precision, DEVICE == "cuda"))
-    tolerance = dict(rtol=0.02, atol=5e-3) if precision in ("fp16", "tf32") else dict(rtol=1e-5, atol=1e-6)
+    metrics, expected = assert_gradients_are_right(
+        monkeypatch, size, precision, allowed(precision, DEVICE == "cuda")
+    )
+    tolerance = (
+        dict(rtol=0.02, atol=5e-3) if precision in ("fp16", "tf32") else dict(rtol=1e-5, atol=1e-6)
+    )
     for name in expected:
         torch.testing.assert_close(metrics[name], expected[name], **tolerance)
 
@@ -109,7 +121,9 @@ def test_gradients_are_right_in_hoppers_arithmetic(size, precision, monkeypatch)
 def test_gradients_of_a_steep_critic_neither_overflow_nor_vanish(precision, steepness, monkeypatch):
     """400: what a critic has learned of a fall that costs 800 of 1,000 after 3,000 updates."""
     limit = allowed(precision, DEVICE == "cuda")
-    assert_gradients_are_right(monkeypatch, SIZES[0], precision, limit, lambda agent: steepen(agent, steepness))
+    assert_gradients_are_right(
+        monkeypatch, SIZES[0], precision, limit, lambda agent: steepen(agent, steepness)
+    )
 
 
 @needs_interpreter  # on a GPU the tiles are those that are shipped
@@ -124,7 +138,9 @@ def test_gradients_of_each_parameter_of_each_layer_are_right(transposed):
     for name, trained in (("policy", update.policy), ("critic", update.critic)):
         module = getattr(exact, name)
         sizes = [p.numel() for p in module.parameters()]
-        for (key, p), ours in zip(module.named_parameters(), trained.gradient[0].split(sizes)):
+        for (key, p), ours in zip(
+            module.named_parameters(), trained.vectors.gradient[0].split(sizes)
+        ):
             assert error(ours, p.grad.flatten()) < 2e-5, f"{name}.{key}"
 
 
@@ -136,7 +152,7 @@ def test_no_gradient_passes_where_a_clamp_is_active():
     for agent in agents:
         update = fused(agent, 16)
         update.step(batch, noise)
-        gradients.append(update.policy.gradient[0].clone())
+        gradients.append(update.policy.vectors.gradient[0].clone())
     assert torch.equal(*gradients)
 
 
@@ -203,23 +219,48 @@ def test_twenty_updates_stay_as_near_to_float64_as_eager_ones():
 
 def test_one_whole_update_of_the_released_code(oracle):
     agent = DiffusionQL(29, 8, eta=0.5, grad_norm=2.0, ema_start=0, device=DEVICE)
-    for name, net in (("policy", "actor"), ("policy_ema", "ema"), ("critic", "critic"), ("critic_target", "target")):
+    for name, net in (
+        ("policy", "actor"),
+        ("policy_ema", "ema"),
+        ("critic", "critic"),
+        ("critic_target", "target"),
+    ):
         getattr(agent, name).load_state_dict(oracle.named(f"params/{net}/"))
     given = {name: value.to(DEVICE) for name, value in oracle.named("update/in/step0/").items()}
-    noise = UpdateNoise(*(given[name] for name in ("tgt_xT", "tgt_eps", "t", "bc_eps", "act_xT", "act_eps", "coin")))
+    noise = UpdateNoise(
+        *(given[name] for name in ("tgt_xT", "tgt_eps", "t", "bc_eps", "act_xT", "act_eps", "coin"))
+    )
     metrics = fused(agent, 64, "fp32").step([given[name] for name in Batch._fields], noise)
     for name in ("bc_loss", "q_loss", "actor_loss", "critic_loss"):
         expected = float(oracle[f"update/out/{'ql_loss' if name == 'q_loss' else name}"])
-        assert float(metrics[name]) == pytest.approx(expected, abs=2e-6 * max(1.0, abs(expected))), name
-    for ours, theirs in {"actor_grad_norm": "Actor Grad Norm", "critic_grad_norm": "Critic Grad Norm"}.items():
-        assert float(metrics[ours]) == pytest.approx(float(oracle[f"update/out/log/{theirs}"]), rel=1e-5), ours
-    for name, net in (("policy", "actor"), ("policy_ema", "ema"), ("critic", "critic"), ("critic_target", "target")):
+        assert float(metrics[name]) == pytest.approx(
+            expected, abs=2e-6 * max(1.0, abs(expected))
+        ), name
+    for ours, theirs in {
+        "actor_grad_norm": "Actor Grad Norm",
+        "critic_grad_norm": "Critic Grad Norm",
+    }.items():
+        assert float(metrics[ours]) == pytest.approx(
+            float(oracle[f"update/out/log/{theirs}"]), rel=1e-5
+        ), ours
+    for name, net in (
+        ("policy", "actor"),
+        ("policy_ema", "ema"),
+        ("critic", "critic"),
+        ("critic_target", "target"),
+    ):
         before, difference, update = oracle.named(f"params/{net}/"), 0.0, 0.0
         for key, after in oracle.named(f"update/after1/{net}/").items():
             rows = slice(None, None, len(before[key]) // len(after)) if after.ndim else ...
-            difference += (getattr(agent, name).get_parameter(key).detach().cpu()[rows] - after).square().sum()
+            difference += (
+                (getattr(agent, name).get_parameter(key).detach().cpu()[rows] - after)
+                .square()
+                .sum()
+            )
             update += (after - before[key][rows]).square().sum()
-        assert (difference / update).sqrt() < 2e-3, name  # Adam makes the whole step of a gradient that is rounding
+        assert (difference / update).sqrt() < 2e-3, (
+            name
+        )  # Adam makes the whole step of a gradient that is rounding
 
 
 def test_a_rate_that_has_decayed_to_nothing_changes_nothing():
@@ -230,7 +271,9 @@ def test_a_rate_that_has_decayed_to_nothing_changes_nothing():
     assert torch.equal(flat(agent.policy), before)
 
 
-@pytest.mark.parametrize("start, every, due", [(0, 1, True), (0, 5, True), (1, 1, False), (0, 4, True), (5, 5, False)])
+@pytest.mark.parametrize(
+    "start, every, due", [(0, 1, True), (0, 5, True), (1, 1, False), (0, 4, True), (5, 5, False)]
+)
 def test_the_average_follows_its_schedule(start, every, due):
     agent = make_agent(ema_start=start, ema_every=every, ema_decay=0.9, lr=1e-2)
     before, update = flat(agent.policy_ema), fused(agent, 8)
@@ -248,11 +291,15 @@ def test_behaviour_cloning_touches_no_critic():
     for name in expected:
         torch.testing.assert_close(metrics[name], expected[name], rtol=1e-5, atol=1e-6)
     assert torch.equal(flat(agents[1].critic), critic)
-    assert error(first_moment(agents[1], "policy"), first_moment(agents[0], "policy").double()) < 1e-5
+    assert (
+        error(first_moment(agents[1], "policy"), first_moment(agents[0], "policy").double()) < 1e-5
+    )
 
 
 @pytest.mark.parametrize("algo, n_launches, n_agents", [("ql", 9, 1), ("ql", 9, 3), ("bc", 5, 1)])
-def test_an_update_is_a_handful_of_launches_however_many_agents_there_are(monkeypatch, algo, n_launches, n_agents):
+def test_an_update_is_a_handful_of_launches_however_many_agents_there_are(
+    monkeypatch, algo, n_launches, n_agents
+):
     agents, launched = [make_agent(algo=algo, seed=seed) for seed in range(n_agents)], []
     update = FusedUpdate(agents, make_transitions(agents[0]), 8)
 
@@ -280,8 +327,13 @@ def test_an_update_is_a_handful_of_launches_however_many_agents_there_are(monkey
 def draws(index, t, heads, seed, n_transitions, T: tl.constexpr, ROWS: tl.constexpr):
     row = tl.arange(0, ROWS)
     draw = tl.program_id(0)
-    tl.store(index + draw * ROWS + row, training._transitions(draw * 0, row, seed, draw, n_transitions, ROWS, False))
-    step = training._below(training._words(seed, draw, training.TIMESTEP, row), tl.full([], T, tl.int32))
+    tl.store(
+        index + draw * ROWS + row,
+        training._transitions(draw * 0, row, seed, draw, n_transitions, ROWS, False),
+    )
+    step = training._below(
+        training._words(seed, draw, training.TIMESTEP, row), tl.full([], T, tl.int32)
+    )
     tl.store(t + draw * ROWS + row, step)
     tl.store(heads + draw, training._heads(seed, draw).to(tl.int32))
 
@@ -294,7 +346,9 @@ def test_transitions_timesteps_and_coins_are_uniform_and_fresh_at_each_step():
     index, t = index.cpu().double(), t.cpu()
     assert index.min() >= 0 and index.max() < n and index.max() > 0.999 * n
     tenths = torch.histc(index, 10, 0, n)
-    assert ((tenths - calls * rows / 10) ** 2 / (calls * rows / 10)).sum() < 30  # chi-square, 9 degrees of freedom
+    assert (
+        (tenths - calls * rows / 10) ** 2 / (calls * rows / 10)
+    ).sum() < 30  # chi-square, 9 degrees of freedom
     counts = torch.bincount(t.flatten(), minlength=T).double()
     assert len(counts) == T and ((counts - calls * rows / T) ** 2 / (calls * rows / T)).sum() < 20
     assert 16 < heads.sum() < 48
@@ -307,9 +361,20 @@ def test_a_step_on_drawn_numbers_is_a_step_on_the_transitions_it_says():
     """One transition repeated: whatever is drawn, critics regress on that one."""
     agent = make_agent(n_timesteps=2, discount=0.0, grad_norm=0.0, critic_lr=1e-2)
     batch = make_batch(agent, 1)
-    arrays = [x.cpu().numpy() for x in (batch.state, batch.action, batch.next_state, batch.reward[:, 0], 1 - batch.not_done[:, 0])]
+    arrays = [
+        x.cpu().numpy()
+        for x in (
+            batch.state,
+            batch.action,
+            batch.next_state,
+            batch.reward[:, 0],
+            1 - batch.not_done[:, 0],
+        )
+    ]
     with torch.no_grad():
-        expected = sum((q - batch.reward).square().mean() for q in agent.critic(batch.state, batch.action))
+        expected = sum(
+            (q - batch.reward).square().mean() for q in agent.critic(batch.state, batch.action)
+        )
     update = fused(agent, 8, transitions=dql.Transitions(*arrays, device=DEVICE))
     torch.testing.assert_close(update.run(1)["critic_loss"], expected, rtol=1e-5, atol=1e-6)
 
@@ -321,7 +386,10 @@ def test_cloning_noise_is_standard_normal_and_timesteps_differ():
         agent.policy.final_layer.weight.zero_(), agent.policy.final_layer.bias.zero_()
     update = fused(agent, 512, transitions=make_transitions(agent))
     losses = [float(update.run(1)["bc_loss"]) for _ in range(3)]
-    assert all(abs(loss - 1) < 4 * math.sqrt(2 / (512 * 3)) for loss in losses) and len(set(losses)) == 3
+    assert (
+        all(abs(loss - 1) < 4 * math.sqrt(2 / (512 * 3)) for loss in losses)
+        and len(set(losses)) == 3
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -337,7 +405,9 @@ def small_run(seed, **how):
 
 
 def tensors(agent):
-    return {name: value.clone() for name, value in agent.state_dict().items() if name != "generator"}
+    return {
+        name: value.clone() for name, value in agent.state_dict().items() if name != "generator"
+    }
 
 
 def assert_same(agent, expected):
@@ -381,7 +451,10 @@ def test_agents_side_by_side_get_the_numbers_that_each_gets_alone(max_q):
 
 def test_agents_side_by_side_may_be_given_a_batch_each():
     agents, alone = ([make_agent(5, 2, seed=seed, **SMALL) for seed in (1, 2)] for _ in range(2))
-    batches, draws = [make_batch(agents[0], 6, seed=s) for s in (3, 4)], [a.draw_noise(6) for a in agents]
+    batches, draws = (
+        [make_batch(agents[0], 6, seed=s) for s in (3, 4)],
+        [a.draw_noise(6) for a in agents],
+    )
     metrics = fused(agents, 6).step(batches, draws)
     for i, agent in enumerate(alone):
         assert fused(agent, 6).step(batches[i], draws[i]) == metrics[i]
@@ -402,7 +475,11 @@ def test_adam_packs_what_packing_packs(precision):
     agent = make_agent(5, 2, **SMALL)
     update = fused(agent, 6, precision, make_transitions(agent))
     update.run(1)
-    packed = [p for trained in (update.policy, update.critic) for p in (trained.packed.weights, trained.packed.low, trained.packed.bias)]
+    packed = [
+        p
+        for trained in (update.policy, update.critic)
+        for p in (trained.packed.weights, trained.packed.low, trained.packed.bias)
+    ]
     before = [p.clone() for p in packed]
     update.refresh()
     assert all(map(torch.equal, packed, before))
@@ -427,7 +504,10 @@ def test_the_modules_see_what_is_trained_and_so_do_other_kernels():
         after = agent.policy.sample(state, x_T=x_T, noises=noises)
     assert (after - before).abs().max() > 1e-3
     torch.testing.assert_close(sampler(state, x_T, noises), after, rtol=0, atol=2e-5)
-    assert agent.policy.final_layer.weight.untyped_storage().data_ptr() == update.policy.parameters.untyped_storage().data_ptr()
+    assert (
+        agent.policy.final_layer.weight.untyped_storage().data_ptr()
+        == update.policy.vectors.parameters.untyped_storage().data_ptr()
+    )
     agent.update(make_batch(agent, 8))  # and plain torch goes on from there, and back
     update.run(1)
     assert agent.step == 3 and int(agent.state_dict()["policy_optimizer.step"]) == 3
@@ -453,7 +533,7 @@ def test_fp16_gradients_of_huge_and_tiny_errors_neither_overflow_nor_vanish():
         agents[0].update(batch, noise)
         update = fused(agents[1], 16, "fp16")
         update.step(batch, noise)
-        assert error(update.critic.gradient[0], gradient(agents[0].critic).double()) < 2e-3
+        assert error(update.critic.vectors.gradient[0], gradient(agents[0].critic).double()) < 2e-3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -549,7 +629,10 @@ def test_states_that_fp16_cannot_hold_are_refused():
     transitions = make_transitions(agent)
     transitions.columns[2][3, 4] = 1e5
     for precision in ("fp16", "fp16x3"):
-        with pytest.raises(UnsupportedError, match=f"next_state reaches 1e\\+05, which {precision} cannot hold: normalise states"):
+        with pytest.raises(
+            UnsupportedError,
+            match=f"next_state reaches 1e\\+05, which {precision} cannot hold: normalise states",
+        ):
             FusedUpdate(agent, transitions, 8, precision)
     for precision in ("tf32", "fp32"):
         FusedUpdate(agent, transitions, 8, precision)
@@ -562,7 +645,10 @@ def test_states_of_which_eleven_bits_tell_nothing_get_a_warning():
         states[:, 2] = 1000.0  # always the same: nothing is lost
         states[:, 7] = 1000.0 + 0.1 * torch.rand(len(states), device=DEVICE)
     for precision in ("fp16", "tf32"):
-        with pytest.warns(UserWarning, match=rf"column 7 of state varies by 0\.\d+ and reaches 1e\+03, so {precision} sees"):
+        with pytest.warns(
+            UserWarning,
+            match=rf"column 7 of state varies by 0\.\d+ and reaches 1e\+03, so {precision} hardly sees it",
+        ):
             FusedUpdate(agent, transitions, 8, precision)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -626,7 +712,9 @@ def test_batches_and_data_of_other_shapes_are_refused():
     with pytest.raises(UnsupportedError, match="target and actor noise"):
         update.step(make_batch(agent, 8), agent.draw_noise(7))
     with pytest.raises(UnsupportedError, match="2 agents need"):
-        FusedUpdate([agent, make_agent(seed=1)], None, 8).step([make_batch(agent, 8)], [agent.draw_noise(8)])
+        FusedUpdate([agent, make_agent(seed=1)], None, 8).step(
+            [make_batch(agent, 8)], [agent.draw_noise(8)]
+        )
 
 
 def test_want_of_memory_says_how_much_is_wanted(monkeypatch):
@@ -634,8 +722,10 @@ def test_want_of_memory_says_how_much_is_wanted(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (3 << 20, 8 << 20))
-    monkeypatch.setattr(kernels.update, "PackedPolicy", full)
-    with pytest.raises(UnsupportedError, match=r"of 1 agents needs 6\d MiB of GPU memory, and 3 MiB are free"):
+    monkeypatch.setattr(kernels.launches, "PackedPolicy", full)
+    with pytest.raises(
+        UnsupportedError, match=r"of 1 agents needs 6\d MiB of GPU memory, and 3 MiB are free"
+    ):
         FusedUpdate(make_agent(29, 8, hidden_dim=256), None, 1024)
 
 
@@ -663,7 +753,11 @@ def test_training_learns_what_eager_training_learns(precision):
     for how in ("eager", "fused"):
         agent = make_agent(29, 8, hidden_dim=256, lr=1e-3, algo="bc")
         transitions = make_transitions(agent, 1000)
-        update = FusedUpdate(agent, transitions, 256, precision) if how == "fused" else dql.Updates([agent], transitions, 256)
+        update = (
+            FusedUpdate(agent, transitions, 256, precision)
+            if how == "fused"
+            else dql.Updates([agent], transitions, 256)
+        )
         update.run(1900)
         found = update.run(100)
         losses.append(float((found[0] if isinstance(found, list) else found)["bc_loss"]))
@@ -682,5 +776,5 @@ def test_a_million_transitions_and_an_agent_take_less_than_two_gigabytes():
 
 def test_the_tile_does_not_depend_on_how_many_agents_there_are():
     agents = [make_agent(seed=seed) for seed in range(3)]
-    tiles = {FusedUpdate(group, None, 8).tile for group in (agents[0], agents)}
+    tiles = {FusedUpdate(group, None, 8).launches.tile for group in (agents[0], agents)}
     assert tiles == {choose_update_tile("fp16", hidden_dim=128)}
