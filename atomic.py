@@ -8,9 +8,10 @@ from pathlib import Path
 
 @contextmanager
 def written_whole(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a temporary path beside `path` to write to, and moves it to `path` when the block succeeds.
+    """Yields a temporary path beside `path`, which replaces `path` when the block succeeds.
 
-    A block that fails leaves what was at `path` before, and no temporary file. OSErrors pass through.
+    A block that fails leaves what was at `path` before, and no temporary file. OSErrors pass
+    through.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")

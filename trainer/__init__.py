@@ -1,4 +1,4 @@
-"""The run around dql.py: command line, loop, folder on disk, evaluation, export, released checkpoints.
+"""The run around dql.py: command line, loop, folder, evaluation, export, released checkpoints.
 
 command.py     what `python dql.py` does
 options.py     every option, its default by task, and what is refused

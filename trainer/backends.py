@@ -132,8 +132,8 @@ class PlainActing:
 class FusedActing:
     """DiffusionQL.act with one kernel launch for a call.
 
-    It is tried on one state first. Raises ImportError without triton, and ValueError for a size or a
-    device that the kernels do not support, or if their actions are not those of plain torch.
+    It is tried on one state first. Raises ImportError without triton, and ValueError for a size or
+    a device that the kernels do not support, or if their actions are not those of plain torch.
     """
 
     def __init__(self, agent, n_candidates: int, precision: str):
@@ -163,8 +163,8 @@ class FusedActing:
         return action.view(*states.shape[:-1], -1).cpu().numpy()
 
     def _noise(self, n_states: int, generator) -> list:
-        """What DiffusionQL.act draws: torch.multinomial divides by such exponential variates too, so
-        that both ways pick alike."""
+        """What DiffusionQL.act draws: torch.multinomial divides by such exponential variates too,
+        so both ways pick the same action."""
         policy, n, device = self.agent.policy, self.n_candidates, self.agent.device
         shape = policy.n_timesteps + 1, n_states * n, policy.action_dim
         noise = torch.randn(*shape, generator=generator, device=device)

@@ -1,15 +1,15 @@
-"""What a run leaves on disk, and how it is found again: log, checkpoints, model selection, learning curve.
+"""A run's folder on disk: log, checkpoints, model selection, learning curve.
 
-    config.json              the Config, the data set it was trained on, versions
-    log.jsonl                one JSON object a line: every epoch's mean losses, every evaluation
+    config.json              the options, the data set, versions
+    log.jsonl                one JSON object a line: each epoch's mean losses, each evaluation
     events.out.tfevents.*    the same numbers for TensorBoard
-    resume.safetensors       everything an exact continuation needs, replaced whole at each save
+    resume.safetensors       everything an exact resume needs, replaced at each save
     checkpoints/step_N.safetensors   the networks at each evaluation
-    selection.json           which of them is last, best, offline, offline_released, with their scores
+    selection.json           which of them is last, best, offline, offline_released; their scores
     episodes_N.png, curve.png   the evaluated episodes, and scores and BC loss so far
 
-Tensors are stored as safetensors, the rest as JSON; nothing is pickled. Every file is written under a temporary name and
-moved when whole, so that a run killed at any moment leaves files that can be read.
+Tensors are stored as safetensors, the rest as JSON; nothing is pickled. Every file is written under
+a temporary name and moved when complete: a run that is killed leaves files that can be read.
 """
 
 import json
@@ -23,21 +23,21 @@ from safetensors.torch import save_file
 
 from atomic import written_whole
 
+UNTOUCHED = "what was saved before is untouched"
+
 
 class RunError(RuntimeError):
-    """A run's folder cannot be read or written. The message is one line: what is wrong and what to do about it."""
+    """A run's folder cannot be read or written. The message is one line and says what to do."""
 
 
 @contextmanager
 def saved(path: Path):
-    """atomic.written_whole, but a disk that refuses raises RunError."""
+    """atomic.written_whole, but an OSError becomes a RunError."""
     try:
         with written_whole(path) as temporary:
             yield temporary
     except OSError as e:
-        raise RunError(
-            f"cannot write {path}: {e.strerror or e}; what was saved before is untouched"
-        ) from e
+        raise RunError(f"cannot write {path}: {e.strerror or e}; {UNTOUCHED}") from e
 
 
 def save_tensors(path: Path, tensors: dict, metadata: dict | None = None) -> None:
@@ -47,16 +47,15 @@ def save_tensors(path: Path, tensors: dict, metadata: dict | None = None) -> Non
         try:
             save_file(tensors, temporary, {"json": json.dumps(metadata or {})})
         except SafetensorError as e:  # how the library reports a full disk
-            raise RunError(f"cannot write {path}: {e}; what was saved before is untouched") from e
+            raise RunError(f"cannot write {path}: {e}; {UNTOUCHED}") from e
 
 
 def load_tensors(path: Path) -> tuple[dict, dict]:
     """-> (name -> tensor, metadata). Raises RunError for a missing or broken file."""
     try:
         with safe_open(path, framework="pt") as f:
-            return {k: f.get_tensor(k) for k in f.keys()}, json.loads(
-                (f.metadata() or {}).get("json", "{}")
-            )
+            tensors = {k: f.get_tensor(k) for k in f.keys()}
+            return tensors, json.loads((f.metadata() or {}).get("json", "{}"))
     except FileNotFoundError:
         raise RunError(f"there is no checkpoint {path}") from None
     except (SafetensorError, OSError, ValueError) as e:
@@ -64,14 +63,16 @@ def load_tensors(path: Path) -> tuple[dict, dict]:
 
 
 def restore(agent, path: Path, **how) -> None:
-    """agent.load_state_dict from a checkpoint. Raises RunError if the file is missing, broken or of another agent."""
+    """agent.load_state_dict from a checkpoint.
+
+    Raises RunError if the file is missing, broken or of another agent.
+    """
     tensors, _ = load_tensors(path)
     try:
         agent.load_state_dict(tensors, **how)
     except (KeyError, RuntimeError) as e:
-        raise RunError(
-            f"checkpoint {path} does not fit this configuration: {str(e).splitlines()[-1].strip()}"
-        ) from e
+        why = str(e).splitlines()[-1].strip()
+        raise RunError(f"checkpoint {path} does not fit this configuration: {why}") from e
 
 
 def save_json(path: Path, content) -> None:
@@ -83,19 +84,19 @@ def load_json(path: Path):
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
-        raise RunError(
-            f"{path.parent} is not a run's folder, or its run ended too early: it has no {path.name}"
-        ) from None
+        found = f"{path.parent} is not a run's folder, or its run ended too early"
+        raise RunError(f"{found}: it has no {path.name}") from None
     except (OSError, ValueError) as e:
         raise RunError(f"{path} cannot be read: {e}") from e
 
 
 def select_checkpoints(evaluations: list[dict], top_k: int) -> dict:
-    """Model selection over evaluations (dicts with step, score, bc_loss), each rule -> the evaluation it takes.
+    """Model selection: {rule: the evaluation it takes}, of dicts with step, score and bc_loss.
 
-    best ("online" in the paper) needs the environment; offline takes the BC loss of rank top_k in ascending order.
-    offline_released is the released code's `argsort(bc_loss) == top_k`, which is the inverse permutation and so picks another
-    evaluation; it is kept for comparison with the published column. With fewer evaluations than top_k + 1, the last rank counts.
+    best ("online" in the paper) needs the environment; offline takes the BC loss of rank top_k in
+    ascending order. offline_released is the released code's `argsort(bc_loss) == top_k`, which is
+    the inverse permutation and so takes another evaluation; it is kept for comparison with the
+    published column. With fewer than top_k + 1 evaluations the last rank is taken.
     """
     bc_loss = np.array([e["bc_loss"] for e in evaluations])
     rank = min(top_k, len(evaluations) - 1)
@@ -118,14 +119,13 @@ class RunFolder:
 
     @staticmethod
     def require_writable(parent: str) -> None:
-        """Raise RunError unless run folders can be made in parent: asked before minutes go into the data."""
+        """Raises RunError unless folders can be made in parent: called before the data are read."""
+        path = Path(parent).absolute()
         try:
-            path = Path(parent).absolute()
             tempfile.TemporaryFile(dir=next(p for p in (path, *path.parents) if p.exists())).close()
         except OSError as e:
-            raise RunError(
-                f"cannot make a run's folder in {parent}: {e.strerror}; choose another with --out"
-            ) from e
+            refused = f"cannot make a run's folder in {parent}: {e.strerror}"
+            raise RunError(f"{refused}; choose another with --out") from e
 
     @classmethod
     def create(cls, parent: str, name: str, config: dict) -> "RunFolder":
@@ -139,9 +139,8 @@ class RunFolder:
             except FileExistsError:
                 n += 1
             except OSError as e:
-                raise RunError(
-                    f"cannot make the run's folder {path}: {e.strerror}; choose another with --out"
-                ) from e
+                refused = f"cannot make the run's folder {path}: {e.strerror}"
+                raise RunError(f"{refused}; choose another with --out") from e
         save_json(path / "config.json", config)
         return cls(path)
 
@@ -164,14 +163,13 @@ class RunFolder:
                     self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
             self._tensorboard.flush()
         except OSError as e:
-            raise RunError(
-                f"cannot write the log in {self.path}: {e.strerror}; checkpoints are untouched"
-            ) from e
+            refused = f"cannot write the log in {self.path}: {e.strerror}"
+            raise RunError(f"{refused}; checkpoints are untouched") from e
 
     def rewind_log(self, step: int) -> None:
-        """Read log.jsonl back and drop what lies beyond step: updates made after the checkpoint will be made again.
+        """Read log.jsonl back without what lies beyond step: those updates will be made again.
 
-        Half-written files that a kill left behind are removed.
+        Removes the half-written files that a killed run left behind.
         """
         for left in self.path.rglob(".*.part"):
             left.unlink()
@@ -195,18 +193,10 @@ class RunFolder:
     def select(self, top_k: int) -> dict:
         """Apply the selection rules to the evaluations so far and write selection.json."""
         chosen = select_checkpoints(self.evaluations(), top_k)
-        files = {
-            rule: f"checkpoints/{self.checkpoint(e['step']).name}" for rule, e in chosen.items()
-        }
-        selection = {
-            rule: {
-                "checkpoint": files[rule],
-                "step": e["step"],
-                "score": e["score"],
-                "data": e["data"],
-            }
-            for rule, e in chosen.items()
-        }
+        selection = {}
+        for rule, e in chosen.items():
+            file = f"checkpoints/{self.checkpoint(e['step']).name}"
+            selection[rule] = {"checkpoint": file} | {k: e[k] for k in ("step", "score", "data")}
         save_json(self.path / "selection.json", selection)
         return selection
 
@@ -217,12 +207,8 @@ class RunFolder:
         figure = Figure(figsize=(7, 5), layout="constrained")
         top, bottom = figure.subplots(2, 1, sharex=True)
         evaluations, epochs = self.evaluations(), [r for r in self.records if r["kind"] == "epoch"]
-        top.plot(
-            [e["step"] for e in evaluations],
-            [e["score"] for e in evaluations],
-            "o-",
-            color="tab:blue",
-        )
+        steps, scores = [e["step"] for e in evaluations], [e["score"] for e in evaluations]
+        top.plot(steps, scores, "o-", color="tab:blue")
         top.set(ylabel="normalised score", title=title)
         bottom.plot([r["step"] for r in epochs], [r["bc_loss"] for r in epochs], color="tab:orange")
         bottom.set(ylabel="BC loss", xlabel="updates")

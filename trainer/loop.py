@@ -153,8 +153,10 @@ def set_rates(options: Options, agents: list) -> None:
 
 
 def run_epoch(options: Options, agents, updates, bar, score: str) -> list[dict]:
-    """updates_per_epoch updates of each agent -> for each the mean of every metric. Raises UserError
-    when one is not finite."""
+    """updates_per_epoch updates of each agent -> for each the mean of every metric.
+
+    Raises UserError when a metric is not finite.
+    """
     sums, n_updates = [{} for _ in agents], options.updates_per_epoch
     for i in range(0, n_updates, LOG_EVERY):
         n = min(LOG_EVERY, n_updates - i)

@@ -13,9 +13,9 @@ def load_released_checkpoint(directory, id=None, *, max_action=1.0, **how) -> Di
     """An agent with the networks of actor_{id}.pth and critic_{id}.pth (actor.pth, critic.pth
     without id), as the authors' code saves them.
 
-    Sizes, T and the schedule are read off the files. max_action, device and hyperparameters, which
-    they do not hold, are given as to DiffusionQL; the averages, which they do not hold either, start
-    as the networks. Only tensors are unpickled, never code. Raises ValueError, in one line, for a
+    Sizes, T and the schedule are read from the files. max_action, device and hyperparameters are
+    not in them and are given as to DiffusionQL; the averages are not in them either and start as
+    copies of the networks. Only tensors are unpickled, never code. Raises ValueError, in one line, for a
     file that is missing, broken, holds more than tensors, or is of another network.
     """
     suffix = ".pth" if id is None else f"_{id}.pth"
