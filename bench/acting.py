@@ -1,116 +1,88 @@
-"""Acting: the best of 50 candidates by softmax of Q, for one state and for many; eager, compiled, in a graph, and fused.
+"""Acting: the best of 50 candidates by softmax of Q; eager, compiled, in a graph, and fused.
 
-    python -m bench.acting              # on a CPU a minute and a half; not run on a GPU yet
-    python -m bench.acting --quick      # one state and 100 states, under a minute
+    python -m bench.acting          # on a CPU a minute and a half; not run on a GPU yet
+    python -m bench.acting --quick  # one state and 100 states, under a minute
 
-plain is dql.py's act as it is, eager what kernels/eager.py makes of it, compile that with its tensor part compiled. On a GPU also
-the tensor part in a CUDA graph, the fused actor launched directly and in a graph, and, for one state, what a control loop waits
-for: numpy observation in, numpy action out. Before timing, candidates and values are checked against float64
-as in bench/sampling.py, and the choice against them; what is wrong is left out and named. Written to
-bench/results/acting_DEVICE.json, a line per figure appended to bench/results/acting.csv.
+Variants: plain is dql.py's act as it is, eager what kernels/eager.py makes of it, compile that with
+its tensor part compiled. On a GPU also the tensor part in a CUDA graph; the fused actor at every
+precision, launched directly, and for fp16 in a graph; and, for one state, what a control loop waits
+for: from a numpy observation to a numpy action.
+
+Before a variant is timed on a CPU, its actions are compared with plain's. A fused actor's
+candidates and values are compared with float64 as in bench/sampling.py, and its choice with them. A
+variant that fails is left out and reported.
+
+Figures: milliseconds per call (20th, 50th and 80th percentile), decisions/s, the ratio of the first
+variant's median to this one's, TFLOP/s, their share of the ceiling that a large matrix product of
+that precision sets in the same run, and the relative error of fused values. Written to
+bench/results/acting_DEVICE.json; a line for each is appended to bench/results/acting.csv.
 """
 
 import copy
 import gc
 import math
 import sys
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 
-from bench.rounding import allowed
-from bench.sampling import (
-    ACTION_DIM,
-    STATE_DIM,
-    arithmetic,
-    flops_per_action,
-    make_noise,
-)
-from bench.timing import Figures, ceiling, parse_options, peaks
+from bench.rounding import allowed, error
+from bench.sampling import ACTION_DIM, STATE_DIM, arithmetic, flops_per_action, make_noise
+from bench.timing import Figures, parse_options, peaks, precision_of, speed, speed_text
 from dql import DiffusionQL
 from kernels import eager
 
 CANDIDATES = 50
 CHECKED_STATES = 8  # at least: rounding errors in the values of one state are alike
-COLUMNS = [
-    "states",
-    "contestant",
-    "precision",
-    "p20",
-    "p50",
-    "p80",
-    "ratio",
-    "decisions_per_s",
-    "tflops",
-    "share",
-    "error",
-]
+COLUMNS = "states variant precision p20 p50 p80 ratio decisions_per_s tflops share error".split()
 
 
 def flops_per_decision(agent) -> int:
-    """Matrix products of 50 chains and of both critics on their ends."""
+    """Multiplications and additions of 50 chains' matrix products, and of both critics' on them."""
     H = agent.critic.q1_model[0].out_features
     critic = 2 * ((STATE_DIM + ACTION_DIM) * H + 2 * H * H + H)
     return CANDIDATES * (flops_per_action(agent.policy) + 2 * critic)
 
 
-def error(actual, exact) -> float:
-    return ((actual.double() - exact).norm() / exact.norm()).item()
-
-
 def check_fused(agent, actor, state) -> float:
-    """The values' relative error, of CHECKED_STATES at least: the state's, and others where they are fewer. Raises SystemExit where
-    it, or the candidates', is over what rounding.allowed() grants, and where an action is not the best candidate."""
-    rows, policy, critic, precision = (
-        CANDIDATES * len(state),
-        agent.policy,
-        agent.critic_target,
-        actor.policy.precision,
-    )
-    policy_64, critic_64, rounds = (
-        copy.deepcopy(policy).double(),
-        copy.deepcopy(critic).double(),
-        [],
-    )
-    for seed in range(1, 1 + math.ceil(CHECKED_STATES / len(state))):
+    """The relative error of a fused actor's values.
+
+    At least CHECKED_STATES states are checked: the given ones, and others if they are fewer. Raises
+    SystemExit if this error, or the candidates', is over what rounding.allowed() grants, or if an
+    action is not the best candidate.
+    """
+    policy, critic, precision = agent.policy, agent.critic_target, actor.policy.precision
+    exact_policy, exact_critic = copy.deepcopy(policy).double(), copy.deepcopy(critic).double()
+    n, parts = len(state), []
+    rows, what = CANDIDATES * n, f"fused {precision}, {n} states"
+    for seed in range(1, 1 + math.ceil(CHECKED_STATES / n)):
         others, x_T, noises = make_noise(policy, rows, state.device, seed)
-        s = state if seed == 1 else others[: len(state)]
-        gumbel = -torch.empty(len(s), CANDIDATES, device=s.device).exponential_().log()
+        s = state if seed == 1 else others[:n]
+        gumbel = -torch.empty(n, CANDIDATES, device=s.device).exponential_().log()
         action = actor(s, x_T, noises, gumbel)
-        own, values, s = (
-            actor.candidates[:rows].clone(),
-            actor.values[:rows].clone(),
-            s.repeat_interleave(CANDIDATES, 0),
-        )
-        exact = policy_64.sample(s.double(), x_T=x_T.double(), noises=noises.double())
-        exact_q = torch.minimum(*critic_64(s.double(), own.double()))[:, 0]
-        with torch.no_grad(), arithmetic(precision, s.device.type):
-            eager = policy.sample(s, x_T=x_T, noises=noises)
-            eager_q = torch.minimum(*critic(s, own))[:, 0]
-        rounds.append((exact, eager, own, exact_q, eager_q, values))
-        best = (values.view(len(state), -1) + gumbel).argmax(1)
-        chosen = own.view(len(state), CANDIDATES, -1)[
-            torch.arange(len(state), device=s.device), best
-        ]
+        own, values = actor.candidates[:rows].clone(), actor.values[:rows].clone()
+        best = (values.view(n, -1) + gumbel).argmax(1)
+        chosen = own.view(n, CANDIDATES, -1)[torch.arange(n, device=s.device), best]
         if not torch.equal(action, chosen):
-            raise SystemExit(
-                f"fused {precision}, {len(state)} states: an action is not the best candidate"
-            )
-    exact, eager, own, exact_q, eager_q, values = (torch.cat(parts) for parts in zip(*rounds))
-    found, plain = (
-        (error(own, exact), error(values, exact_q)),
-        (error(eager, exact), error(eager_q, exact_q)),
-    )
+            raise SystemExit(f"{what}: an action is not the best candidate")
+        s = s.repeat_interleave(CANDIDATES, 0)
+        exact = exact_policy.sample(s.double(), x_T=x_T.double(), noises=noises.double())
+        exact_q = torch.minimum(*exact_critic(s.double(), own.double()))[:, 0]
+        with torch.no_grad(), arithmetic(precision, s.device.type):
+            plain = policy.sample(s, x_T=x_T, noises=noises)
+            plain_q = torch.minimum(*critic(s, own))[:, 0]
+        parts.append((exact, plain, own, exact_q, plain_q, values))
+    exact, plain, own, exact_q, plain_q, values = (torch.cat(each) for each in zip(*parts))
+    found = error(own, exact), error(values, exact_q)
+    eager_ones = error(plain, exact), error(plain_q, exact_q)
     times = allowed(precision, state.is_cuda)
-    if not (found[0] <= times * plain[0] and found[1] <= times * plain[1]):
-        raise SystemExit(
-            f"fused {precision}, {len(state)} states: errors {found}, eager ones {plain}"
-        )
+    if not (found[0] <= times * eager_ones[0] and found[1] <= times * eager_ones[1]):
+        raise SystemExit(f"{what}: errors {found}, eager ones {eager_ones}")
     return found[1]
 
 
 def agent_at(device, quick: bool, compiled: bool = False) -> DiffusionQL:
-    """dql.py as it is, or quick, as kernels/eager.py makes it; always with the same weights."""
+    """As dql.py has it, or quick: as kernels/eager.py makes it. Always with the same weights."""
     agent = DiffusionQL(STATE_DIM, ACTION_DIM, device=device, seed=0)
     if quick:
         eager.speed_up(agent)
@@ -134,130 +106,103 @@ def cpu_calls(agent, state, compiled: bool) -> dict:
 
 
 def gpu_calls(agent, state, compiled: bool) -> dict:
-    """Name -> () -> (what to time, the values' relative error where it is fused)."""
+    """Name -> () -> (what to time, the values' relative error if it is fused)."""
     from kernels import FusedActor
     from kernels.graphs import Captured, NumpyActor
     from kernels.packing import PRECISIONS
 
+    n, device = len(state), state.device
+
     def in_graph(agent):
-        """agent.act without what waits for the host: the choice by multinomial asks whether Q is finite."""
+        """agent.act without waiting for the host: its multinomial checks that Q is finite."""
 
         @torch.no_grad()
         def act(state):
-            noise = torch.randn(
-                agent.policy.n_timesteps + 1,
-                CANDIDATES * len(state),
-                ACTION_DIM,
-                device=state.device,
-            )
-            actions, q = agent.propose(state, noise)
+            shape = agent.policy.n_timesteps + 1, CANDIDATES * n, ACTION_DIM
+            actions, q = agent.propose(state, torch.randn(*shape, device=device))
             pick = (q - torch.empty_like(q).exponential_().log()).argmax(1)
-            return actions[torch.arange(len(state), device=state.device), pick]
+            return actions[torch.arange(n, device=device), pick]
 
         return Captured(act, state).replay
 
-    def fused(precision, graph):
+    def fused(precision, graph=False):
         actor = FusedActor(agent.policy, agent.critic_target, CANDIDATES, precision)
         found = check_fused(agent, actor, state)
         return Captured(actor, state).replay if graph else lambda: actor(state), found
 
-    def on_host():
-        act = NumpyActor(
-            FusedActor(agent.policy, agent.critic_target, CANDIDATES),
-            STATE_DIM,
-            device=state.device,
-        )
+    def numpy_to_numpy():
+        actor = FusedActor(agent.policy, agent.critic_target, CANDIDATES)
+        act, observation = NumpyActor(actor, STATE_DIM, device=device), state[0].cpu().numpy()
         return lambda: act(observation), None
 
     @lru_cache
     def quick(compiled=False):
-        return agent_at(state.device, True, compiled)
+        return agent_at(device, True, compiled)
 
-    calls = {"plain": lambda: (lambda: agent.act(state, CANDIDATES), None)}
-    calls["eager"] = lambda: (lambda: quick().act(state, CANDIDATES), None)
-    calls["eager, graph"] = lambda: (in_graph(quick()), None)
+    def acts(agent, state):
+        return lambda: agent.act(state, CANDIDATES), None
+
+    calls = {
+        "plain": lambda: acts(agent, state),
+        "eager": lambda: acts(quick(), state),
+        "eager, graph": lambda: (in_graph(quick()), None),
+    }
     if compiled:
-        calls["compile"] = lambda: (lambda: quick(True).act(state, CANDIDATES), None)
+        calls["compile"] = lambda: acts(quick(True), state)
         calls["compile, graph"] = lambda: (in_graph(quick(True)), None)
     for precision in PRECISIONS:
-        calls[f"fused {precision}"] = lambda p=precision: fused(p, False)
+        calls[f"fused {precision}"] = partial(fused, precision)
         if precision == "fp16":
-            calls["fused fp16, graph"] = lambda: fused("fp16", True)
-    if len(state) == 1:
-        observation = state[0].cpu().numpy()
-        calls["eager, numpy to numpy"] = lambda: (
-            lambda: quick().act(observation, CANDIDATES),
-            None,
-        )
-        calls["fused fp16, graph, numpy to numpy"] = on_host
+            calls["fused fp16, graph"] = partial(fused, precision, graph=True)
+    if n == 1:
+        calls["eager, numpy to numpy"] = lambda: acts(quick(), state[0].cpu().numpy())
+        calls["fused fp16, graph, numpy to numpy"] = numpy_to_numpy
     return calls
 
 
 def tried(make):
-    """What make() gives, called once: what it compiles is done or has failed."""
-    call, error = make()
+    """make() after one call: what it compiles is done or has failed."""
+    call, apart = make()
     call()
-    return call, error
+    return call, apart
+
+
+def measure_case(figures: Figures, n: int, quick: bool, device) -> None:
+    """Check variants for n states, time them in turns; save and print their figures."""
+    on_gpu = device.type == "cuda"
+    agent = agent_at(device, False)
+    state = make_noise(agent.policy, n, device)[0]
+    make_calls = gpu_calls if on_gpu else cpu_calls
+    compiled = n in (1, 100) and not quick if on_gpu else eager.has_compiler()
+    what = f"{n} states"
+    makers = figures.attempt(what, lambda: make_calls(agent, state, compiled)) or {}
+    tries = {name: partial(tried, make) for name, make in makers.items()}
+    made = figures.attempt_each(what, tries)
+    calls = {name: call for name, (call, _) in made.items()}
+    seconds = (0.5 if quick else 1.0) if on_gpu else (2.0 if quick else 10.0)
+    for name, t in figures.time(what, calls, seconds, device).items():
+        precision, flops = precision_of(name), n * flops_per_decision(agent)
+        figure = {"states": n, "variant": name, "precision": precision, **t}
+        figure["decisions_per_s"] = round(n / t["p50"] * 1e3)
+        figure |= speed(flops, t["p50"], precision, figures.more["peaks"])
+        figure["error"] = made[name][1]
+        figures.add([figure])
+        print(f"{n:6d} states  {name:34s}{speed_text(figure, 'decisions_per_s')}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
     options = parse_options(__doc__, "one state and 100 states, under a minute", argv)
-    device = options.device
-    on_gpu = device.type == "cuda"
-    seconds = (0.5 if options.quick else 1.0) if on_gpu else (2.0 if options.quick else 10.0)
-    sizes = (1, 100) if options.quick or not on_gpu else (1, 8, 64, 100, 1024, 4096)
-    figures = Figures(
-        "acting",
-        COLUMNS,
-        options.out,
-        quick=options.quick,
-        threads=options.threads,
-        candidates=CANDIDATES,
-    )
-    found_peaks = peaks(device)
-    print("ceilings:", found_peaks, flush=True)
+    device, quick = options.device, options.quick
+    how = {"quick": quick, "threads": options.threads, "candidates": CANDIDATES}
+    how["peaks"] = peaks(device)
+    print("ceilings:", how["peaks"], flush=True)
+    figures = Figures("acting", COLUMNS, options.out, **how)
+    sizes = (1, 8, 64, 100, 1024, 4096)
+    if quick or device.type != "cuda":
+        sizes = (1, 100)
     for n in sizes:
-        agent = agent_at(device, False)
-        state = make_noise(agent.policy, n, device)[0]
-        compiled = eager.has_compiler() if not on_gpu else n in (1, 100) and not options.quick
-        calls = {}
-        makers = (
-            figures.attempt(
-                f"{n} states", lambda: (gpu_calls if on_gpu else cpu_calls)(agent, state, compiled)
-            )
-            or {}
-        )
-        for name, make in makers.items():
-            if made := figures.attempt(f"{n} states, {name}", lambda: tried(make)):
-                calls[name] = made
-        times = figures.time(
-            f"{n} states", {name: call for name, (call, _) in calls.items()}, seconds, device
-        )
-        for name, t in times.items():
-            precision = (
-                name.split(",")[0].removeprefix("fused ") if name.startswith("fused") else "fp32"
-            )
-            tflops, most = (
-                flops_per_decision(agent) * n / t["p50"] / 1e9,
-                ceiling(found_peaks, precision),
-            )
-            figure = {
-                "states": n,
-                "contestant": name,
-                "precision": precision,
-                **t,
-                "decisions_per_s": round(n / t["p50"] * 1e3),
-            }
-            figure |= {
-                "tflops": round(tflops, 4),
-                "share": most and round(tflops / most, 4),
-                "error": calls[name][1],
-            }
-            figures.add([figure], peaks=found_peaks)
-            share = f"{figure['share']:7.1%}" if most else ""
-            rate = f"{figure['decisions_per_s']:11,} decisions/s {t['ratio']:8.2f}x {tflops:8.2f} TFLOP/s {share}"
-            print(f"{n:6d} states  {name:34s}{t['p50']:10.4f} ms {rate}", flush=True)
-        gc.collect()  # graphs hold their memory until they are gone
+        measure_case(figures, n, quick, device)
+        gc.collect()  # graphs keep their memory until they are collected
     return figures.finish()
 
 

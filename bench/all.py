@@ -1,16 +1,16 @@
-"""Everything that a new GPU should be asked, in one command, what matters most first.
+"""All checks and benchmarks for a new GPU in one command, the most important first.
 
     python -m bench.all                     # half an hour with 16 cores, estimated
     python -m bench.all --minutes 10        # what fits into ten minutes
-    python -m bench.all --parts tests run   # some of it
+    python -m bench.all --parts tests run   # some parts only
 
 Parts, in this order: first (bench.first: the kernels against float64, and a few timings), tests
 (the kernels' tests on this GPU), training, acting, sampling, run (the paper's whole antmaze-umaze
 run on generated data), bandit (experiments.bandit, drawn by the fused sampler) and pictures.
-Without a GPU there are training, acting, sampling and pictures. Each is a process of its own that
-prints as it goes and writes what it knows. If one fails or overruns, the next one begins, and it is
-named at the end, where the exit status says so. Figures go to bench/results and
-experiments/results; with --out all go there.
+Without a GPU only training, acting, sampling and pictures are run. Each part is a process of its
+own that prints as it goes and writes figures as soon as they are known. If one fails or takes too
+long, the next one starts; failures are listed at the end and make the exit status 1. Figures go to
+bench/results and experiments/results, or with --out all to one folder.
 """
 
 import argparse
@@ -29,14 +29,14 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 TESTED = "ops packing sampler actor update graphs rounding".split()
 TESTS = [f"tests/test_{name}.py" for name in TESTED]
-OVERRUN = 2  # times its estimate, after which a part is ended: one that hangs leaves time to others
-GRACE = 5  # seconds to say so
+OVERRUN = 2  # times its estimate: then a part is ended, so that one that hangs leaves others time
+GRACE = 5  # seconds that a part has to report what it has found when it is ended
 
 
 class Part(NamedTuple):
     command: list  # after python -m
-    seconds: int  # estimated of compilers' CPU time and 16 cores; measured on no GPU yet
-    quick_seconds: int = 0  # with --quick, if it has that
+    seconds: int  # estimated from the compilers' CPU time on 16 cores; not measured on a GPU yet
+    quick_seconds: int = 0  # with --quick; 0 if the part does not have that option
     needs_gpu: bool = False
 
 
@@ -44,7 +44,7 @@ def parts(out: Path | None) -> dict:
     """Name -> Part, the most valuable first. out: folder of the figures, None for each its own."""
     to = ["--out", str(out)] if out else []
     pytest = ["pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider", *TESTS]
-    # A test that hangs in a call to the GPU hears no signal; if it is a worker's, that is replaced.
+    # No signal interrupts a test that hangs in a GPU call; with xdist its worker is replaced.
     pytest += ["-n", str(os.cpu_count())] if find_spec("xdist") else []
     if find_spec("pytest_timeout"):
         pytest += ["--timeout", "120", "--timeout-method", "thread"]
@@ -72,12 +72,12 @@ def fitted(part: Part, left: float, quick: bool) -> tuple[list, float] | None:
 
 
 def hear_interrupts() -> None:
-    """A shell starts what it runs in the background deaf to SIGINT, and children inherit that."""
+    """A shell starts background jobs with SIGINT ignored, and children inherit that."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run(command: list, limit: float) -> str:
-    """python -m command, which prints as it goes -> why it failed, or nothing"""
+    """python -m command, which prints as it goes -> why it failed, or an empty string."""
     words = [sys.executable, "-m", *command]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     # A session of its own, so that it can be ended with all the processes that it has started.
@@ -88,7 +88,7 @@ def run(command: list, limit: float) -> str:
         status = process.wait(limit)
     except subprocess.TimeoutExpired:
         with suppress(ProcessLookupError, subprocess.TimeoutExpired):
-            os.killpg(process.pid, signal.SIGINT)  # pytest says what it has found
+            os.killpg(process.pid, signal.SIGINT)  # pytest reports what it has found
             process.wait(GRACE)
         return f"ended after {limit:.0f} s"
     finally:

@@ -3,10 +3,11 @@
     python -m bench.evaluation                       # all kinds of task, two threads: some minutes
     python -m bench.evaluation --tasks hopper-medium-v2 --threads 1
 
-Environment steps a second with random actions, so of the physics and its bookkeeping alone: a task's world with as many episodes
-as the paper evaluates, ended ones begun anew, and with 10, against gymnasium's SyncVectorEnv (one process steps all) and
-AsyncVectorEnv (a process an episode), both with 10. Tasks that differ in their data alone are measured once. The contestants take turns; the median of the
-rounds is what is written to bench/results/evaluation.json.
+Environment steps per second with random actions: only the physics and its bookkeeping. Variants: a
+task's world with as many episodes as the paper evaluates, and with 10; gymnasium's SyncVectorEnv
+(one process steps all) and AsyncVectorEnv (a process per episode), both with 10. Episodes that end
+are started again. Tasks that differ only in their data are measured once. The variants are timed in
+turns; the median over the rounds is written to bench/results/evaluation.json.
 """
 
 import argparse
@@ -26,15 +27,22 @@ from trainer.options import recipe_options
 from trainer.provenance import describe
 
 KINDS = [
-    "hopper-medium-v2", "halfcheetah-medium-v2", "walker2d-medium-v2",
-    "antmaze-umaze-v0", "antmaze-medium-play-v0", "antmaze-large-play-v0", "pen-human-v1", "kitchen-partial-v0",
-]  # fmt: skip
+    "hopper-medium-v2",
+    "halfcheetah-medium-v2",
+    "walker2d-medium-v2",
+    "antmaze-umaze-v0",
+    "antmaze-medium-play-v0",
+    "antmaze-large-play-v0",
+    "pen-human-v1",
+    "kitchen-partial-v0",
+]
 FEW = 10
 LIMIT = 100  # environment steps of each episode in a round
 
 
 def step_task(task, n_episodes: int, n_threads: int) -> tuple[int, float]:
-    """-> environment steps made, seconds. An episode that ends is begun anew, so that all are stepped all the time."""
+    """-> environment steps made, seconds. Episodes that end are started again, so that all are
+    stepped all the time."""
     rng, everyone = np.random.default_rng(0), np.arange(n_episodes)
     actions = rng.uniform(-1, 1, (LIMIT, n_episodes, task.action_dim))
     with task.world(n_episodes, n_threads) as world:
@@ -48,11 +56,9 @@ def step_task(task, n_episodes: int, n_threads: int) -> tuple[int, float]:
 
 
 def step_vector(envs) -> tuple[int, float]:
-    actions = (
-        np.random.default_rng(0)
-        .uniform(-1, 1, (LIMIT, *envs.action_space.shape))
-        .astype(np.float32)
-    )
+    """-> environment steps made, seconds."""
+    rng, shape = np.random.default_rng(0), (LIMIT, *envs.action_space.shape)
+    actions = rng.uniform(-1, 1, shape).astype(np.float32)
     envs.reset(seed=0)
     began = time.perf_counter()
     for action in actions:
@@ -61,19 +67,19 @@ def step_vector(envs) -> tuple[int, float]:
 
 
 def measure(name: str, n_threads: int, rounds: int) -> dict:
-    """-> contestant: steps a second, the median of the rounds"""
+    """Variant -> steps per second, the median over the rounds."""
     task, many = tasks.get(name), recipe_options(name).eval_episodes
-    make = lambda mode: gymnasium.make_vec(name, num_envs=FEW, vectorization_mode=mode)  # noqa: E731
-    sync, parallel = make("sync"), make("async")
-    contestants = {
+    sync = gymnasium.make_vec(name, num_envs=FEW, vectorization_mode="sync")
+    parallel = gymnasium.make_vec(name, num_envs=FEW, vectorization_mode="async")
+    variants = {
         f"{many} episodes": lambda: step_task(task, many, n_threads),
         f"{FEW} episodes": lambda: step_task(task, FEW, n_threads),
         f"SyncVectorEnv, {FEW}": lambda: step_vector(sync),
         f"AsyncVectorEnv, {FEW}": lambda: step_vector(parallel),
     }
-    rates = {label: [] for label in contestants}
+    rates = {label: [] for label in variants}
     for _ in range(rounds):
-        for label, run in contestants.items():
+        for label, run in variants.items():
             steps, seconds = run()
             rates[label].append(steps / seconds)
     sync.close()
@@ -82,9 +88,8 @@ def measure(name: str, n_threads: int, rounds: int) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--tasks", nargs="+", default=KINDS)
     parser.add_argument("--threads", type=int, default=min(2, available_cores()))
     parser.add_argument("--rounds", type=int, default=5)

@@ -1,12 +1,14 @@
-"""The first minutes on a GPU: are the kernels right there, and the few figures that matter most.
+"""The first minutes on a GPU: are the kernels right there, and the most important timings.
 
-    python -m bench.first                 # four minutes with 16 cores; not run on a GPU yet
-    python -m bench.first sampler fp16    # one of its parts, in this process: a line of JSON for each finding
+    python -m bench.first               # four minutes with 16 cores; not run on a GPU yet
+    python -m bench.first sampler fp16  # one of its parts, in this process: a JSON line per finding
 
-Each kernel at each precision is a process of its own, all at once, since most of their time is a compiler's: one that hangs or
-breaks its CUDA context takes nobody along. Results are compared with float64's as in bench.sampling, acting and training. Calls are
-made again and again and must give the same bits: a result that moves is a race. Then, alone, a few timings.
-Everything is written to bench/results/first_DEVICE.json as it is known.
+Each kernel at each precision is checked in a process of its own, all at once, since most of the
+time is a compiler's: one that hangs or breaks its CUDA context does not affect the others. Results
+are compared with float64 as in bench.sampling, acting and training. Calls are repeated and must
+give the same bits: a result that changes is a race. Then, alone, a few timings in microseconds
+(20th, 50th and 80th percentile). Findings are written to bench/results/first_DEVICE.json as soon as
+they are known.
 """
 
 import argparse
@@ -21,7 +23,7 @@ import torch
 
 from bench import training
 from bench.acting import CANDIDATES, agent_at, check_fused
-from bench.sampling import Contestant, check, make_noise, make_policy
+from bench.sampling import Variant, check, make_noise, make_policy
 from bench.timing import QUANTILES, RESULTS, device_slug, measure, peaks
 from dql import Updates
 from trainer.folder import save_json
@@ -29,7 +31,6 @@ from trainer.provenance import describe
 
 ROOT = Path(__file__).resolve().parents[1]
 REPEATS = 200
-PRECISIONS = ("fp16", "tf32", "fp16x3", "fp32")
 
 
 def say(what: str, ok: bool = True, **found) -> None:
@@ -50,30 +51,30 @@ def repeat(what: str, call) -> None:
     say(f"{what}, {REPEATS} times", ok=moved == 0, moved=moved)
 
 
+# ---- The checks ----------------------------------------------------------------------------------
+
+
 def sampler(precision: str, device, sizes=(1, 50, 5000)) -> None:
     from kernels import FusedSampler
 
     for n in sizes:
-        policy = make_policy(5, device)
+        what, policy = f"sampler {precision}, {n} rows", make_policy(5, device)
         inputs, fused = make_noise(policy, n, device), FusedSampler(policy, precision)
-        contestant = Contestant(lambda: fused(inputs[0]), fused, precision)
-        judge(f"sampler {precision}, {n} rows", lambda: check(policy, contestant, n))
-        repeat(f"sampler {precision}, {n} rows", lambda: fused(*inputs))
+        variant = Variant(lambda: fused(inputs[0]), fused, precision)
+        judge(what, lambda: check(policy, variant, n))
+        repeat(what, lambda: fused(*inputs))
 
 
 def actor(precision: str, device, sizes=(1, 9, 100)) -> None:
     from kernels import FusedActor
 
     for n in sizes:
-        agent = agent_at(device, False)
+        what, agent = f"actor {precision}, {n} states", agent_at(device, False)
         act = FusedActor(agent.policy, agent.critic_target, CANDIDATES, precision)
         state = make_noise(agent.policy, n, device)[0]
-        judge(f"actor {precision}, {n} states", lambda: check_fused(agent, act, state))
-        repeat(f"actor {precision}, {n} states", lambda: act(state, seed=3))
-        say(
-            f"actor {precision}, {n} states: its counters are back at 0",
-            ok=not act.done.any().item(),
-        )
+        judge(what, lambda: check_fused(agent, act, state))
+        repeat(what, lambda: act(state, seed=3))
+        say(f"{what}: its counters are back at 0", ok=not act.done.any().item())
 
 
 def trained(device, run) -> torch.Tensor:
@@ -86,19 +87,12 @@ def trained(device, run) -> torch.Tensor:
 def update(precision: str, device, n: int = 200) -> None:
     from kernels import FusedUpdate
 
-    makers = {
-        name: training.contestants(False, False, device)[name]
-        for name in (training.BASELINE, "eager")
-    }
-    makers[f"fused {precision}"] = lambda: FusedUpdate(
-        training.make_agents(1, False, device)[0], None, training.BATCH, precision
-    )
-    judge(
-        f"update {precision}",
-        lambda: training.check_updates(
-            {name: make() for name, make in makers.items()}, device=device
-        ),
-    )
+    def check_weights():
+        makers = training.variants_to_check(False, False, device)
+        agents = {name: makers[name]() for name in (training.BASELINE, "eager")}
+        agent = training.make_agents(1, False, device)[0]
+        agents[f"fused {precision}"] = FusedUpdate(agent, None, training.BATCH, precision)
+        training.check_updates(agents, device=device)
 
     def in_pieces_of(k):
         def run(agent, transitions):
@@ -108,58 +102,56 @@ def update(precision: str, device, n: int = 200) -> None:
 
         return trained(device, run)
 
-    replayed = in_pieces_of(n)
-    say(
-        f"update {precision}, {n} times: the weights are finite", ok=bool(replayed.isfinite().all())
-    )
-    for what, k in (("once more", n), ("a launch at a time", 1)):
-        say(
-            f"update {precision}, {n} times, {what}: the same bits",
-            ok=torch.equal(replayed, in_pieces_of(k)),
-        )
+    judge(f"update {precision}", check_weights)
+    what, replayed = f"update {precision}, {n} times", in_pieces_of(n)
+    say(f"{what}: the weights are finite", ok=bool(replayed.isfinite().all()))
+    for pieces, k in (("once more", n), ("a launch at a time", 1)):
+        same = torch.equal(replayed, in_pieces_of(k))
+        say(f"{what}, {pieces}: the same bits", ok=same)
 
 
 def graph(_, device, n: int = 200) -> None:
     from kernels.graphs import GraphUpdates
 
-    launched, captured = (
-        trained(
-            device, lambda agent, transitions: updates([agent], transitions, training.BATCH).run(n)
-        )
-        for updates in (Updates, GraphUpdates)
-    )
-    apart = float((launched - captured).abs().max())
-    say(
-        f"eager updates, {n} times: captured as launched", ok=apart < 1e-3, apart=apart
-    )  # cuBLAS may choose another product
+    def weights_after(updates):
+        def run(agent, transitions):
+            updates([agent], transitions, training.BATCH).run(n)
+
+        return trained(device, run)
+
+    apart = float((weights_after(Updates) - weights_after(GraphUpdates)).abs().max())
+    # Not the same bits: cuBLAS may choose another product.
+    say(f"eager updates, {n} times: captured as launched", ok=apart < 1e-3, apart=apart)
+
+
+# ---- The timings ---------------------------------------------------------------------------------
 
 
 def timings(_, device) -> None:
     from kernels import FusedActor, FusedSampler, FusedUpdate
     from kernels.graphs import Captured, NumpyActor
 
+    transitions = training.random_transitions(1_000_000, device)
+    agent, policy = agent_at(device, False), make_policy(5, device)
+
     def time_each(what, make, per=1):
         """Say how long each of make()'s calls takes, or why not."""
         try:
             for name, t in measure(make(), 1.0, device).items():
-                say(
-                    f"{what}, {name}",
-                    **{key: round(1e3 * t[key] / per, 2) for key in QUANTILES},
-                    unit="us",
-                )
+                times = {key: round(1e3 * t[key] / per, 2) for key in QUANTILES}
+                say(f"{what}, {name}", **times, unit="us")
         except Exception as e:
             say(what, ok=False, why=str(e).partition("\n")[0])
 
     def updates(seeds):
-        fused = FusedUpdate(training.make_agents(seeds, False, device), transitions, training.BATCH)
+        agents = training.make_agents(seeds, False, device)
+        fused = FusedUpdate(agents, transitions, training.BATCH)
         fused.capture()
         return {"graph": lambda: fused.run(100)}
 
     def decisions(n):
-        act, state = (
-            FusedActor(agent.policy, agent.critic_target, CANDIDATES),
-            make_noise(agent.policy, n, device)[0],
-        )
+        act = FusedActor(agent.policy, agent.critic_target, CANDIDATES)
+        state = make_noise(agent.policy, n, device)[0]
         return {
             "graph": Captured(act, state).replay,
             "launch": lambda: act(state),
@@ -167,11 +159,8 @@ def timings(_, device) -> None:
         }
 
     def control():
-        act = NumpyActor(
-            FusedActor(agent.policy, agent.critic_target, CANDIDATES),
-            training.STATE_DIM,
-            device=device,
-        )
+        fused = FusedActor(agent.policy, agent.critic_target, CANDIDATES)
+        act = NumpyActor(fused, training.STATE_DIM, device=device)
         observation = make_noise(agent.policy, 1, device)[0][0].cpu().numpy()
         return {"numpy to numpy": lambda: act(observation)}
 
@@ -180,11 +169,6 @@ def timings(_, device) -> None:
         calls = {p: Captured(FusedSampler(policy, p), state).replay for p in ("fp16", "fp16x3")}
         return calls | {"eager, graph": Captured(policy.sample, state).replay}
 
-    transitions, agent, policy = (
-        training.random_transitions(1_000_000, device),
-        agent_at(device, False),
-        make_policy(5, device),
-    )
     for seeds in (1, 8):
         time_each(f"update fp16, {seeds} seeds", lambda: updates(seeds), per=100)
     for n in (1, 100):
@@ -195,49 +179,46 @@ def timings(_, device) -> None:
     say("ceilings", **peaks(device))
 
 
+# ---- All parts -----------------------------------------------------------------------------------
+
 PARTS = {"sampler": sampler, "actor": actor, "update": update, "graph": graph, "timings": timings}
-TOGETHER = [
-    (part, precision) for part in ("sampler", "actor", "update") for precision in PRECISIONS
-] + [("graph", "eager")]
+TOGETHER = [(part, p) for part in ("sampler", "actor", "update") for p in training.FUSED]
+TOGETHER += [("graph", "eager")]
+
+
+def findings_of(part: tuple[str, str], seconds: float) -> list[dict]:
+    """What a part in a process of its own finds; it is ended after seconds."""
+    words = [sys.executable, "-m", "bench.first", *part]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        output = process.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        output = process.communicate()[0]
+    found = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    if process.returncode:
+        why = f"it ended with {process.returncode}"
+        found.append({"what": " ".join(part), "ok": False, "why": why})
+    return found
 
 
 def run_parts(parts: list, seconds: float, add) -> None:
-    """Each part in a process of its own, all at once, ended after seconds. add(findings) is called as each ends."""
-
-    def findings(part) -> list:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "bench.first", *part],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        try:
-            output = process.communicate(timeout=seconds)[0]
-        except subprocess.TimeoutExpired:
-            process.kill()
-            output = process.communicate()[0]
-        found = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
-        if process.returncode:
-            found.append(
-                {"what": " ".join(part), "ok": False, "why": f"it ended with {process.returncode}"}
-            )
-        return found
-
+    """Run all parts at once, each ended after seconds. Calls add(findings) as each ends."""
     with ThreadPoolExecutor(len(parts)) as pool:
-        for done in as_completed([pool.submit(findings, part) for part in parts]):
+        started = [pool.submit(findings_of, part, seconds) for part in parts]
+        for done in as_completed(started):
             add(done.result())
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "part", nargs="?", choices=PARTS, help="one part, in this process; default: all"
-    )
+    what = "one part, in this process; default: all"
+    parser.add_argument("part", nargs="?", choices=PARTS, help=what)
     parser.add_argument("precision", nargs="?", default="fp16", help="of that part")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
-        raise SystemExit("no CUDA GPU was found, and this is what one is asked first")
+        raise SystemExit("bench.first checks a CUDA GPU, and none was found")
     if options.part:
         return PARTS[options.part](options.precision, torch.device("cuda"))
     where, findings, start = describe(), [], time.monotonic()
@@ -246,10 +227,9 @@ def main(argv: list[str] | None = None) -> int:
 
     def add(found):
         for finding in found:
-            print(
-                f"{time.monotonic() - start:4.0f} s {'' if finding['ok'] else 'FAILED: '}{json.dumps(finding)}",
-                flush=True,
-            )
+            failed = "" if finding["ok"] else "FAILED: "
+            took = time.monotonic() - start
+            print(f"{took:4.0f} s {failed}{json.dumps(finding)}", flush=True)
         findings.extend(found)
         save_json(path, {**where, "findings": findings})
 

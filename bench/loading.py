@@ -1,12 +1,16 @@
 """How long a D4RL file of two million rows takes to load, and how much memory.
 
-    python -m bench.loading                                # two shapes, plain and gzip, into bench/results/loading.json: two minutes
+    python -m bench.loading                                # two shapes, plain and gzip: two minutes
     python -m bench.loading --rows 200000 --out elsewhere  # smaller files
 
-The files hold random numbers in float32 and flags in bool, in D4RL's layout and with the chunks that h5py chooses when it
-compresses: observations, actions, rewards, terminals, timeouts. Each is loaded in fresh processes, from the system's file cache.
-Data are these arrays, uncompressed; peak is by how much a process was ever larger than before it loaded them, the data set that
-it then holds included. Linux only.
+The files have D4RL's layout and the chunks that h5py chooses when it compresses: observations,
+actions and rewards, random numbers in float32, and terminals and timeouts in bool. Each file is
+loaded in fresh processes, from the system's file cache.
+
+Figures: "data" is the size of these arrays, uncompressed; "seconds" the median time to load them;
+"result" the size of the data set's arrays; "peak" how much more memory a process ever used than
+before it loaded them, with the data set included. Written to bench/results/loading.json. Linux
+only.
 """
 
 import argparse
@@ -25,16 +29,13 @@ import numpy as np
 import tasks
 
 ROOT = Path(__file__).resolve().parents[1]
-TASKS = (
-    "antmaze-umaze-v0",
-    "halfcheetah-medium-expert-v2",
-)  # the second one's file has two million rows
+TASKS = ("antmaze-umaze-v0", "halfcheetah-medium-expert-v2")  # the second has 2M rows
 ROWS = 1 << 16  # made at a time
 MIB = 1 << 20
 
 
 def make(path: Path, task, n: int, compression: str | None = None) -> int:
-    """Write a file of n rows for task. -> the size of its arrays in bytes"""
+    """Write a file of n rows for task. -> the size of its arrays in bytes."""
     rng = np.random.default_rng(0)
     columns = {
         "observations": lambda i: rng.standard_normal((len(i), task.state_dim), np.float32),
@@ -46,62 +47,76 @@ def make(path: Path, task, n: int, compression: str | None = None) -> int:
     with h5py.File(path, "w") as file:
         for key, column in columns.items():
             first = column(np.arange(1))
-            array = file.create_dataset(
-                key, (n, *first.shape[1:]), first.dtype, compression=compression
-            )
+            shape = (n, *first.shape[1:])
+            array = file.create_dataset(key, shape, first.dtype, compression=compression)
             for start in range(0, n, ROWS):
                 array[start : start + ROWS] = column(np.arange(start, min(start + ROWS, n)))
         return sum(array.nbytes for array in file.values())
 
 
 def measure(path: Path, task_name: str) -> dict:
-    """Load a file in a new process. -> seconds, and in bytes its peak and what the data set takes"""
+    """Load a file in a new process. -> "seconds", and in bytes "peak" and "result"."""
     call = f"from bench.loading import load; load({str(path)!r}, {task_name!r})"
     run = subprocess.run([sys.executable, "-c", call], cwd=ROOT, capture_output=True, text=True)
     if run.returncode:
-        raise SystemExit(
-            f"loading {path} failed: {(run.stderr.strip() or 'no reason given').splitlines()[-1]}"
-        )
+        why = (run.stderr.strip() or "no reason given").splitlines()[-1]
+        raise SystemExit(f"loading {path} failed: {why}")
     return json.loads(run.stdout)
 
 
 def load(path: str, task_name: str) -> None:
-    """Load and print what measure returns, as JSON."""
+    """Load a file and print what measure() returns, as JSON."""
     task = tasks.get(task_name)
-    Path("/proc/self/clear_refs").write_text(
-        "5"
-    )  # the peak begins anew: imports have one of their own
+    # Reset the peak: importing had one of its own.
+    Path("/proc/self/clear_refs").write_text("5")
     before, start = resident("VmRSS"), time.perf_counter()
     dataset = tasks.load(task, path, log=lambda line: None)
     seconds, peak = time.perf_counter() - start, resident("VmHWM") - before
-    arrays = (
-        dataset.observations,
-        dataset.actions,
-        dataset.next_observations,
-        dataset.rewards,
-        dataset.terminals,
-    )
-    print(
-        json.dumps(
-            {"seconds": seconds, "peak": peak, "result": sum(array.nbytes for array in arrays)}
-        )
-    )
+    names = ("observations", "actions", "next_observations", "rewards", "terminals")
+    result = sum(getattr(dataset, name).nbytes for name in names)
+    print(json.dumps({"seconds": seconds, "peak": peak, "result": result}))
 
 
 def resident(which: str) -> int:
-    """Bytes of this process in memory: VmRSS now, VmHWM at most. Not ru_maxrss, which begins with the parent's."""
-    return 1024 * int(
-        re.search(rf"^{which}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)[1]
-    )
+    """Bytes of this process in memory: VmRSS now, VmHWM at most.
+
+    Not ru_maxrss: a process inherits its parent's.
+    """
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"^{which}:\s+(\d+) kB$", status, re.MULTILINE)[1])
+
+
+def measure_file(task_name: str, compression: str | None, rows: int, repeats: int) -> dict:
+    """The figures of loading one made file, `repeats` times."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "made.hdf5"
+        try:
+            data = make(path, tasks.get(task_name), rows, compression)
+        except OSError as error:
+            why = f"{error.strerror or error}; set TMPDIR to a folder with more room"
+            raise SystemExit(f"cannot write {path}: {why}") from error
+        found = [measure(path, task_name) for _ in range(repeats)]
+        disk = path.stat().st_size
+    peak = max(one["peak"] for one in found)
+    return {
+        "task": task_name,
+        "compression": compression or "none",
+        "rows": rows,
+        "file MiB": round(disk / MIB, 1),
+        "data MiB": round(data / MIB, 1),
+        "seconds": round(statistics.median(one["seconds"] for one in found), 3),
+        "result MiB": round(found[0]["result"] / MIB, 1),
+        "peak MiB": round(peak / MIB, 1),
+        "peak / data": round(peak / data, 3),
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=2_000_000)
-    parser.add_argument("--repeats", type=int, default=3, help="processes a file")
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "bench" / "results", help="folder of the results"
-    )
+    add, results = parser.add_argument, ROOT / "bench" / "results"
+    add("--rows", type=int, default=2_000_000)
+    add("--repeats", type=int, default=3, help="processes a file")
+    add("--out", type=Path, default=results, help="folder of the results")
     options = parser.parse_args(argv)
     if options.rows < 2 or options.repeats < 1:
         raise SystemExit("--rows must be at least 2 and --repeats at least 1")
@@ -110,43 +125,19 @@ def main(argv: list[str] | None = None) -> None:
     figures = []
     for name in TASKS:
         for compression in (None, "gzip"):
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / "made.hdf5"
-                try:
-                    data = make(path, tasks.get(name), options.rows, compression)
-                except OSError as error:
-                    why = error.strerror or error
-                    raise SystemExit(
-                        f"cannot write {path}: {why}; set TMPDIR to a folder with more room"
-                    ) from error
-                found = [measure(path, name) for _ in range(options.repeats)]
-                disk = path.stat().st_size
-            peak = max(one["peak"] for one in found)
-            figures.append({
-                "task": name,
-                "compression": compression or "none",
-                "rows": options.rows,
-                "file MiB": round(disk / MIB, 1),
-                "data MiB": round(data / MIB, 1),
-                "seconds": round(statistics.median(one["seconds"] for one in found), 3),
-                "result MiB": round(found[0]["result"] / MIB, 1),
-                "peak MiB": round(peak / MIB, 1),
-                "peak / data": round(peak / data, 3),
-            })  # fmt: skip
+            figures.append(measure_file(name, compression, options.rows, options.repeats))
             print(", ".join(f"{key} {value}" for key, value in figures[-1].items()), flush=True)
     save(figures, options)
 
 
 def save(figures: list[dict], options: argparse.Namespace) -> None:
+    # Only here: they import torch, and a process that is measured should be small.
     from trainer.folder import save_json
-    from trainer.provenance import (
-        describe,  # only here: they bring torch, and a process that is measured should be small
-    )
+    from trainer.provenance import describe
 
     options.out.mkdir(parents=True, exist_ok=True)
-    save_json(
-        options.out / "loading.json", {**describe(), "repeats": options.repeats, "figures": figures}
-    )
+    found = {**describe(), "repeats": options.repeats, "figures": figures}
+    save_json(options.out / "loading.json", found)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def colours(variants: list[str]) -> dict:
     for name in variants:
         plain = name.removesuffix(", graph")
         kind = "compiled" if "compile" in name else "eager"
-        if name.startswith("fused") or name == "dql":
+        if name.startswith("fused"):
             kind = "fused"
         if plain not in found:
             found[plain] = left[kind].pop(0) if left[kind] else "black"
@@ -39,10 +39,10 @@ def colours(variants: list[str]) -> dict:
 
 def lines(axes, figures: list[dict], x: str, y: str) -> None:
     """A line for each variant, dashed if its launches are in a CUDA graph."""
-    names = list(dict.fromkeys(f["contestant"] for f in figures))
+    names = list(dict.fromkeys(f["variant"] for f in figures))
     colour = colours(names)
     for name in names:
-        points = sorted((f[x], f[y]) for f in figures if f["contestant"] == name)
+        points = sorted((f[x], f[y]) for f in figures if f["variant"] == name)
         style = "--" if name.endswith(", graph") else "-"
         how = dict(marker="o", markersize=3.5, linewidth=1.4, color=colour[name], label=name)
         axes.plot(*zip(*points), style, **how)
@@ -67,7 +67,7 @@ def draw_sampling(sampled: dict, acted: dict | None, path: Path) -> None:
         rate.text(figures[0]["batch"], most, text, va="bottom", fontsize=8)
         rate.set_ylim(top=most * 3)
     for axes in more:
-        on_device = [f for f in acted["figures"] if "numpy" not in f["contestant"]]
+        on_device = [f for f in acted["figures"] if "numpy" not in f["variant"]]
         lines(axes, on_device, "states", "p50")
         title = f"acting: best of {acted['candidates']} by Q"
         axes.set(xlabel="states", ylabel="ms a call (median)", title=title)
@@ -81,15 +81,15 @@ def draw_training(trained: dict, path: Path) -> None:
     of them together."""
     most = max(f["threads"] for f in trained["figures"])
     figures = [f for f in trained["figures"] if f["threads"] == most]
-    several = [f for f in figures if f["contestant"].startswith("fused")]
+    several = [f for f in figures if f["variant"].startswith("fused")]
     columns = 2 if several else 1
     figure = Figure(figsize=(5.2 * columns, 4.4), layout="constrained")
     bars, *more = figure.subplots(1, columns, squeeze=False)[0]
     alone = [f for f in figures if f["seeds"] == 1]
-    names = list(dict.fromkeys(f["contestant"] for f in alone))
+    names = list(dict.fromkeys(f["variant"] for f in alone))
     workloads = list(dict.fromkeys(f["workload"] for f in figures))
     for i, workload in enumerate(workloads):
-        rates = {f["contestant"]: f["updates_per_s"] for f in alone if f["workload"] == workload}
+        rates = {f["variant"]: f["updates_per_s"] for f in alone if f["workload"] == workload}
         at = [names.index(name) + (0.2 if i else -0.2) for name in rates]
         colour = (PALETTES["fused"][0], PALETTES["eager"][0])[i % 2]
         drawn = bars.barh(at, list(rates.values()), height=0.4, color=colour, label=workload)

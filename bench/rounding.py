@@ -1,8 +1,8 @@
-"""The kernels' arithmetic in plain torch: a network, forward and backward, its operands rounded where the kernels round them.
+"""The kernels' rounding in plain torch: networks, forward and backward, with rounded operands.
 
-    imitate("fp16")  # from now on every network of dql.py computes as the fp16 kernels do, in whatever process this is
+    imitate("fp16")  # from now on, in this process, dql.py's networks round as the fp16 kernels do
 
-Sums are float32. What a tensor core does to them is not imitated here but in tests/hopper.py.
+Sums are float32. What a tensor core does to them is imitated in tests/hopper.py, not here.
 """
 
 import math
@@ -23,7 +23,8 @@ def to_tf32(x):
 
 
 def to_fp16(x):
-    """As x.half().float(), which torch.compile would drop: tf32's bits, below 2⁻¹⁴ multiples of 2⁻²⁴, infinity beyond 65,504."""
+    """As x.half().float(), which torch.compile would drop: 11 significant bits, halves to even;
+    below 2⁻¹⁴ multiples of 2⁻²⁴; infinity beyond 65,504."""
     shifted = x * 8193.0  # 2¹³ + 1: halves to even
     rounded = torch.where(x.abs() < 2.0**-14, (x + 0.75) - 0.75, shifted - (shifted - x))
     return torch.where(x.abs() < 65520.0, rounded, x * math.inf)
@@ -33,16 +34,22 @@ ROUND = {"fp16": to_fp16, "tf32": to_tf32}
 
 
 def allowed(precision: str, on_gpu: bool) -> float:
-    """How many times the eager error at its precision a kernel's may be, both measured against float64.
+    """How many times the eager error at the same precision a kernel's error may be.
 
-    Two, as for FlashAttention; on a GPU four for what has float32's accuracy: there sums in tensor cores are cut off and the
-    exponential and the reciprocal are up to an ulp off (tests/hopper.py: up to 2.8 times), which eager float32 is not.
+    Both are measured against float64. Two, as for FlashAttention. On a GPU four for fp16x3 and
+    fp32: tensor cores cut sums off, and the exponential and the reciprocal are up to an ulp off,
+    which they are not in eager float32 (tests/hopper.py finds up to 2.8 times).
     """
     return 4.0 if on_gpu and precision in ("fp16x3", "fp32") else 2.0
 
 
+def error(actual, exact) -> float:
+    """The relative error ‖actual - exact‖/‖exact‖; exact is float64."""
+    return ((actual.double() - exact).norm() / exact.norm()).item()
+
+
 def mish(u):
-    """log2(e)·mish(x) of u = log2(e)·x, as kernels.ops.mish's assembly has it."""
+    """log2(e)·mish(x) of u = log2(e)·x, as in the assembly of kernels.ops.mish."""
     e = torch.exp2(u.clamp(max=60.0))
     return u - u / (e * (e * 0.5 + 1.0) + 1.0)
 
@@ -56,16 +63,19 @@ def mish_slope(u):
 
 
 def power_of_two(x):
-    """(n, ·) -> (n, 1): what brings the largest number of each tile of rows within 1 to 2, as kernels.ops.power_of_two."""
+    """(n, ·) -> (n, 1): the factors that bring the largest number of each tile of rows to between 1
+    and 2, as kernels.ops.power_of_two."""
     n = len(x)
     largest = F.pad(x.abs().amax(1), (0, -n % TILE)).view(-1, TILE).amax(1)
-    return torch.exp2(
-        -torch.floor(torch.log2(largest.clamp(2.0**-100, 2.0**126)))
-    ).repeat_interleave(TILE)[:n, None]
+    exponent = torch.floor(torch.log2(largest.clamp(2.0**-100, 2.0**126)))
+    return torch.exp2(-exponent).repeat_interleave(TILE)[:n, None]
 
 
 class RoundedNetwork(torch.autograd.Function):
-    """Four layers with mish between them: x (n,D), first_bias (H,) or (n,H), weights and biases as torch.nn.Linear's -> (n,OUT)."""
+    """Four layers with mish between them: x (n,D) -> (n,OUT).
+
+    first_bias is (H,) or (n,H); other weights and biases are as torch.nn.Linear's.
+    """
 
     @staticmethod
     def forward(ctx, precision, x, first_bias, w_1, w_2, b_2, w_3, b_3, w_4, b_4):
@@ -99,34 +109,26 @@ class RoundedNetwork(torch.autograd.Function):
 
 
 def imitate(precision: str) -> None:
-    """From now on, in this process, the networks of dql.py round as the kernels do: fp16 or tf32."""
+    """From now on, in this process, dql.py's networks round as the kernels do: fp16 or tf32."""
 
     def predict_noise(self, x, t, state):
         first, times = self.mid_layer[0], torch.arange(self.n_timesteps, device=state.device)
         widths = [self.action_dim, self.TIME_DIM, self.state_dim]
         w_action, w_time, w_state = first.weight.split(widths, dim=1)
-        w_1, of_times = (
-            torch.cat([w_action, w_state], dim=1),
-            F.linear(self.time_mlp(times), w_time, first.bias),
-        )
-        later = [
-            p
-            for layer in (*self.mid_layer[2::2], self.final_layer)
-            for p in (layer.weight, layer.bias)
-        ]
-        return RoundedNetwork.apply(
-            precision, torch.cat([x, state], dim=1), of_times[t], w_1, *later
-        )
+        w_1 = torch.cat([w_action, w_state], dim=1)
+        of_times = F.linear(self.time_mlp(times), w_time, first.bias)
+        layers = *self.mid_layer[2::2], self.final_layer
+        later = [p for layer in layers for p in (layer.weight, layer.bias)]
+        x = torch.cat([x, state], dim=1)
+        return RoundedNetwork.apply(precision, x, of_times[t], w_1, *later)
 
     def forward(self, state, action):
-        x, found = (
-            torch.cat([state.repeat_interleave(len(action) // len(state), 0), action], dim=1),
-            [],
-        )
+        state = state.repeat_interleave(len(action) // len(state), 0)
+        x, found = torch.cat([state, action], dim=1), []
         for model in (self.q1_model, self.q2_model):
             w_1, b_1, *later = model.parameters()
             found.append(RoundedNetwork.apply(precision, x, b_1, w_1, *later))
         return tuple(found)
 
     dql.DiffusionPolicy.predict_noise, dql.TwinCritic.forward = predict_noise, forward
-    eager.speed_up_networks = lambda policies, critics: None  # which would go around these
+    eager.speed_up_networks = lambda policies, critics: None  # it would bypass these

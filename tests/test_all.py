@@ -1,4 +1,4 @@
-"""The command that asks a GPU everything: most valuable first, in the time, whatever fails."""
+"""bench/all.py: every part is run in order of value and within the time, whatever fails."""
 
 import signal
 
@@ -35,7 +35,7 @@ def test_every_part_is_run_whatever_fails(tmp_path, ran, capsys):
     assert "FAILED: first: broken" in printed and "8 parts, 1 of them failed" in printed
 
 
-def test_what_does_not_fit_is_quick_or_left_out(tmp_path, ran, capsys):
+def test_a_part_that_does_not_fit_is_quick_or_left_out(tmp_path, ran, capsys):
     fitted, whole = everything.fitted, everything.Part(["bench.x"], 100, 10)
     slow, quick = everything.Part(["bench.y"], 100), (["bench.x", "--quick"], 10)
     assert fitted(whole, 200, False) == (["bench.x"], 100)
@@ -49,7 +49,7 @@ def test_what_does_not_fit_is_quick_or_left_out(tmp_path, ran, capsys):
     assert left_out in capsys.readouterr().out
 
 
-def test_without_a_gpu_what_needs_one_is_left_out(ran, monkeypatch, capsys):
+def test_parts_that_need_a_gpu_are_left_out_without_one(ran, monkeypatch, capsys):
     """Without --out each part writes to its own folder."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     everything.main(["--quick"])
@@ -79,7 +79,7 @@ def test_tests_that_overrun_say_what_they_have_found(tmp_path, capfd):
     assert "1 passed" in capfd.readouterr().out
 
 
-def test_what_is_run_is_there():
+def test_every_part_and_test_file_exists():
     assert all((ROOT / file).exists() for file in everything.TESTS)
     for part in everything.parts(None).values():
         path = ROOT / f"{part.command[0].replace('.', '/')}.py"

@@ -1,6 +1,5 @@
-"""What is timed is checked first, and the benchmarks write their figures."""
+"""bench/: what is timed is checked first, and the figures are written."""
 
-import copy
 import csv
 import dataclasses
 import json
@@ -19,11 +18,11 @@ def made(makers: dict) -> dict:
 
 @pytest.mark.parametrize("max_q_backup", [False, True])
 def test_three_updates_agree_with_dql(max_q_backup):
-    training.check_updates(made(training.contestants(max_q_backup, compiled=False)))
+    training.check_updates(made(training.variants_to_check(max_q_backup, compiled=False)))
 
 
 def test_an_update_that_differs_is_noticed():
-    agents = made(training.contestants(False, compiled=False))
+    agents = made(training.variants_to_check(False, compiled=False))
     plain = agents[training.BASELINE]
     plain.config = dataclasses.replace(plain.config, tau=0.1)
     with pytest.raises(AssertionError):
@@ -33,33 +32,28 @@ def test_an_update_that_differs_is_noticed():
 def test_sampling_is_checked_before_it_is_timed():
     policy = sampling.make_policy(5, "cpu")
     inputs = sampling.make_noise(policy, 33, "cpu")
-    contestants = made(sampling.cpu_contestants(policy, inputs[0], compiled=False))
-    assert all(sampling.check(policy, contestant, 33) < 1e-5 for contestant in contestants.values())
-    wrong = contestants["eager"]._replace(
-        given=lambda s, x, z: policy.sample(s, x_T=x, noises=z) * 1.001
-    )
+    variants = made(sampling.cpu_variants(policy, inputs[0], compiled=False))
+    assert all(sampling.check(policy, each, 33) < 1e-5 for each in variants.values())
+    shifted = lambda s, x, z: policy.sample(s, x_T=x, noises=z) * 1.001  # noqa: E731
+    wrong = variants["eager"]._replace(given=shifted)
     with pytest.raises(SystemExit, match="error 1.00e-03, the eager chain's"):
         sampling.check(policy, wrong, 33)
-    unwritten = contestants["eager"]._replace(draw=lambda: torch.full((33, 8), torch.nan))
+    unwritten = variants["eager"]._replace(draw=lambda: torch.full((33, 8), torch.nan))
     with pytest.raises(SystemExit, match="not finite"):
         sampling.check(policy, unwritten, 33)
 
 
-def test_tf32_is_judged_by_tf32_even_where_torch_would_not_use_it():
-    """As on a CPU, and perhaps in cuBLAS for a row."""
+def test_tf32_is_judged_by_tf32():
+    """Even where torch would not use it: on a CPU, and perhaps in cuBLAS for a row."""
     reference = pytest.importorskip("reference", reason="triton has no package for this platform")
     policy = sampling.make_policy(5, "cpu")
     state, x_T, noises = sampling.make_noise(policy, 33, "cpu")
-    exact = (
-        copy.deepcopy(policy)
-        .double()
-        .sample(state.double(), x_T=x_T.double(), noises=noises.double())
-    )
+    exact = reference.exact(policy, state, x_T, noises)
     with sampling.arithmetic("tf32", "cpu"):
         found = acting.error(policy.sample(state, x_T=x_T, noises=noises), exact)
     plain, expected = (
-        acting.error(reference.eager_at(policy, p, state, x_T, noises), exact)
-        for p in ("fp32", "tf32")
+        acting.error(reference.eager_at(policy, precision, state, x_T, noises), exact)
+        for precision in ("fp32", "tf32")
     )
     assert plain < expected / 30 and 0.8 < found / expected < 1.25
 
@@ -67,46 +61,47 @@ def test_tf32_is_judged_by_tf32_even_where_torch_would_not_use_it():
 @pytest.mark.parametrize("n", [1, 5])
 def test_acting_agrees_with_the_baseline(n):
     agent = acting.agent_at("cpu", False)
-    made(
-        acting.cpu_calls(agent, sampling.make_noise(agent.policy, n, "cpu")[0], compiled=False)
-    )  # asserts that it does
+    state = sampling.make_noise(agent.policy, n, "cpu")[0]
+    made(acting.cpu_calls(agent, state, compiled=False))  # asserts that it does
 
 
 def test_a_fused_actor_is_checked_before_it_is_timed(monkeypatch):
     kernels = pytest.importorskip("kernels")
     monkeypatch.setattr(acting, "CANDIDATES", 10)
-    agent = DiffusionQL(
-        29, 8, hidden_dim=128, n_timesteps=2, device="cuda" if torch.cuda.is_available() else "cpu"
-    )
-    state = sampling.make_noise(agent.policy, 3, agent.device)[0]
+    monkeypatch.setattr(acting, "CHECKED_STATES", 2)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    agent = DiffusionQL(29, 8, hidden_dim=128, n_timesteps=2, device=device)
+    state = sampling.make_noise(agent.policy, 1, agent.device)[0]
     actor = kernels.FusedActor(agent.policy, agent.critic_target, acting.CANDIDATES, "fp32")
     assert acting.check_fused(agent, actor, state) < 1e-5
     actor.critic.bias[:, -16:] += 0.01  # what is packed is wrong
-    with pytest.raises(SystemExit, match="fused fp32, 3 states"):
+    with pytest.raises(SystemExit, match="fused fp32, 1 states"):
         acting.check_fused(agent, actor, state)
 
 
 def test_shares_of_the_ceiling_count_every_product_once():
     policy = sampling.make_policy(5, "cpu")
-    multiplications = sum(
-        w.numel()
-        for w in (policy.mid_layer[2].weight, policy.mid_layer[4].weight, policy.final_layer.weight)
-    )
-    multiplications += 256 * (29 + 8)
+    layers = (policy.mid_layer[2], policy.mid_layer[4], policy.final_layer)
+    multiplications = sum(layer.weight.numel() for layer in layers) + 256 * (29 + 8)
     assert sampling.flops_per_action(policy) == 2 * 5 * multiplications
     peaks = {"fp16 TFLOP/s": 600.0, "fp32 TFLOP/s": 60.0}
     found = [timing.ceiling(peaks, precision) for precision in ("fp16", "fp16x3", "fp32", "tf32")]
     assert found == [600.0, 200.0, 60.0, None]
 
 
-@pytest.mark.parametrize(
-    "bench, file, n_figures",
-    [(training, "training", 4), (sampling, "sampling", 4), (acting, "acting", 4)],
-)
-def test_figures_are_written_whole_and_appended(tmp_path, monkeypatch, bench, file, n_figures):
-    monkeypatch.setattr(timing, "measure", lambda calls, *_: {
-        name: dict(p20=1.0 + i, p50=2.0 + i, p80=3.0 + i, rounds=7, ratio=2.0 / (2.0 + i)) for i, name in enumerate(calls)
-    })  # fmt: skip
+def measured(calls, *_):
+    """In place of timing.measure: the first call takes 2 ms, the second 3."""
+    return {
+        name: dict(p20=1.0 + i, p50=2.0 + i, p80=3.0 + i, rounds=7, ratio=2.0 / (2.0 + i))
+        for i, name in enumerate(calls)
+    }
+
+
+@pytest.mark.parametrize("bench", [training, sampling, acting])
+def test_figures_are_written_whole_and_appended(tmp_path, monkeypatch, bench):
+    file = bench.__name__.split(".")[1]
+    monkeypatch.setattr(timing, "measure", measured)
+    monkeypatch.setattr(training, "BATCH", 8)
     for module in (sampling, acting):
         monkeypatch.setattr(module.eager, "has_compiler", lambda: False)
         monkeypatch.setattr(module, "peaks", lambda device: {"fp32 TFLOP/s": 0.1})
@@ -115,105 +110,90 @@ def test_figures_are_written_whole_and_appended(tmp_path, monkeypatch, bench, fi
     written = json.loads((tmp_path / f"{file}_cpu.json").read_text())
     assert {"cpu", "torch", "numpy", "python", "commit", "date", "figures"} <= written.keys()
     assert written["finished"] and written["failures"] == []
-    assert len(written["figures"]) == n_figures and {
-        round(f["ratio"], 2) for f in written["figures"]
-    } == {1.0, 0.67}
+    assert [round(f["ratio"], 2) for f in written["figures"]] == [1.0, 0.67] * 2
     with (tmp_path / f"{file}.csv").open() as table:
         rows = list(csv.DictReader(table))
-    assert len(rows) == 2 * n_figures and set(rows[0]) == {*timing.ORIGIN, *bench.COLUMNS}
-    assert all(row["p50"] and row["contestant"] and row["device"] for row in rows)
+    assert len(rows) == 2 * 4 and set(rows[0]) == {*timing.ORIGIN, *bench.COLUMNS}
+    assert all(row["p50"] and row["variant"] and row["device"] for row in rows)
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"{file}.csv", f"{file}_cpu.json"]
 
 
-def test_what_fails_is_named_and_costs_no_other_its_figure(tmp_path, monkeypatch, capsys):
+def test_what_fails_is_named_and_the_others_are_measured(tmp_path, monkeypatch, capsys):
     def broken(*_, **__):
         raise RuntimeError("it does not compile\nand here is why at length")
 
-    whole = sampling.cpu_contestants
-    monkeypatch.setattr(
-        sampling, "cpu_contestants", lambda *args, **how: {"broken": broken} | whole(*args, **how)
-    )
+    whole = sampling.cpu_variants
+    with_broken = lambda *args, **how: {"broken": broken} | whole(*args, **how)  # noqa: E731
+    monkeypatch.setattr(sampling, "cpu_variants", with_broken)
     monkeypatch.setattr(sampling, "cases", lambda device, quick: [(5, 3, {"compiled": False})])
     monkeypatch.setattr(sampling, "peaks", lambda device: {})
-    one = dict(p20=1.0, p50=1.0, p80=1.0, rounds=1, ratio=1.0)
-    monkeypatch.setattr(timing, "measure", lambda calls, *_: dict.fromkeys(calls, one))
+    monkeypatch.setattr(timing, "measure", measured)
     assert sampling.main(["--threads", "1", "--out", str(tmp_path)]) == 1
     written = json.loads((tmp_path / "sampling_cpu.json").read_text())
-    assert [f["contestant"] for f in written["figures"]] == ["plain", "eager"]
+    assert [f["variant"] for f in written["figures"]] == ["plain", "eager"]
     assert written["failures"] == [{"what": "T=5, 3 rows, broken", "why": "it does not compile"}]
-    assert (
-        capsys.readouterr().out.count("FAILED: T=5, 3 rows, broken: it does not compile") == 2
-    )  # at once, and in the end
+    said = "FAILED: T=5, 3 rows, broken: it does not compile"
+    assert capsys.readouterr().out.count(said) == 2  # at once, and in the end
 
 
 def test_figures_are_on_disk_as_soon_as_they_are_known(tmp_path):
     figures = timing.Figures("some", ["name"], tmp_path, quick=True)
     figures.add([{"name": "first"}], peaks={})
     written = json.loads((tmp_path / "some_cpu.json").read_text())
-    assert (written["figures"], written["finished"], written["quick"]) == (
-        [{"name": "first"}],
-        False,
-        True,
-    )
+    assert written["figures"] == [{"name": "first"}]
+    assert not written["finished"] and written["quick"]
     assert "first" in (tmp_path / "some.csv").read_text()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What only a GPU is asked: here on a CPU, with recorded graphs
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- What only a GPU is asked: here on a CPU, with recorded graphs -------------------------------
+
+
+ON_GPU = torch.cuda.is_available()  # the fixture cuda_graphs makes it look so anywhere
 
 
 @pytest.fixture
-def small(monkeypatch, cuda_graphs):
+def small(monkeypatch, few_programs, cuda_graphs):
     """Small agents on the CPU, wherever they are asked for, in Triton's interpreter."""
     pytest.importorskip("triton", reason="triton has no package for this platform")
-    if torch.cuda.is_available():
+    if ON_GPU:
         pytest.skip("bench.first asks a GPU")
     size = dict(hidden_dim=128, n_timesteps=2)
-    agents = lambda n, max_q, device: [
-        DiffusionQL(29, 8, **size, **training.SETTINGS, seed=i) for i in range(n)
-    ]  # noqa: E731
-    monkeypatch.setattr(training, "make_agents", agents)
+
+    def make_agents(n, max_q, device):
+        return [DiffusionQL(29, 8, **size, **training.SETTINGS, seed=i) for i in range(n)]
+
+    def make_policy(*_):
+        return DiffusionQL(29, 8, **size).policy.requires_grad_(False)
+
+    monkeypatch.setattr(training, "make_agents", make_agents)
     monkeypatch.setattr(training, "BATCH", 8)
     for module in (first, acting):
         monkeypatch.setattr(module, "agent_at", lambda *_: DiffusionQL(29, 8, **size))
         monkeypatch.setattr(module, "CANDIDATES", 3)
+    monkeypatch.setattr(acting, "CHECKED_STATES", 3)
     for module in (first, sampling):
-        monkeypatch.setattr(
-            module,
-            "make_policy",
-            lambda *_: DiffusionQL(29, 8, **size).policy.requires_grad_(False),
-        )
+        monkeypatch.setattr(module, "make_policy", make_policy)
 
 
-def test_contestants_of_a_gpu_can_be_made_and_are_right(small):
+def test_variants_of_a_gpu_can_be_made_and_are_right(small):
     policy = sampling.make_policy(5, "cpu")
     inputs = sampling.make_noise(policy, 3, "cpu")
-    contestants = sampling.gpu_contestants(
-        policy, inputs[0], compiled=False, autotuned=False, precisions=("fp16",)
-    )
-    assert list(contestants) == [
-        "plain",
-        "eager",
-        "eager, graph",
-        "fused fp16",
-        "fused fp16, graph",
-    ]
-    assert all(
-        sampling.check(policy, contestant, 3) < 2e-3 for contestant in made(contestants).values()
-    )
+    how = dict(compiled=False, autotuned=False, precisions=("fp16",))
+    variants = sampling.gpu_variants(policy, inputs[0], **how)
+    names = ["plain", "eager", "eager, graph", "fused fp16", "fused fp16, graph"]
+    assert list(variants) == names
+    assert all(sampling.check(policy, each, 3) < 2e-3 for each in made(variants).values())
     calls = acting.gpu_calls(acting.agent_at(), inputs[0][:1].contiguous(), compiled=False)
     for name in ("eager, graph", "fused fp16, graph", "fused fp16, graph, numpy to numpy"):
         call, _ = acting.tried(calls[name])
         assert call().shape in ((1, 8), (8,))
     where, transitions = torch.device("cuda"), training.random_transitions(20, "cpu")
-    updates = training.contestants(False, False, where)
-    training.check_updates(
-        {name: updates[name]() for name in (training.BASELINE, "eager", "fused fp16")}
-    )
-    for name, make in training.rungs(1, False, False, transitions, where).items():
+    updates = training.variants_to_check(False, False, where)
+    checked = (training.BASELINE, "eager", "fused fp16")
+    training.check_updates({name: updates[name]() for name in checked})
+    for name, make in training.variants_to_time(1, False, False, transitions, where).items():
         if not name.startswith("fused") or name == "fused fp16":
-            training.tried(make(), 1)
+            training.tried(make, 1)
 
 
 def test_the_first_findings_on_a_gpu_are_found(small, monkeypatch, capsys):
@@ -227,8 +207,8 @@ def test_the_first_findings_on_a_gpu_are_found(small, monkeypatch, capsys):
     assert len(findings) == 2 + 3 + 4 + 1 and all(finding["ok"] for finding in findings), findings
 
 
-def test_a_part_that_breaks_or_hangs_is_a_finding_and_the_others_go_on(monkeypatch):
-    """Here each breaks at once, for want of a GPU, or is ended before it can."""
+def test_a_part_that_breaks_or_hangs_is_a_finding(monkeypatch):
+    """And the others go on. Without a GPU each breaks at once, or is ended before it can."""
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     findings = []
@@ -245,36 +225,24 @@ def test_a_part_that_breaks_or_hangs_is_a_finding_and_the_others_go_on(monkeypat
 def test_a_full_run_records_how_long_it_took(tmp_path, monkeypatch, capsys):
     class Run:
         records = [
-            {"kind": "epoch", "step": 1000 * (i + 1), "updates_per_second": 500.0} for i in range(3)
+            {"kind": "epoch", "step": step, "updates_per_second": 500.0}
+            for step in (1000, 2000, 3000)
         ]
 
         def evaluations(self):
-            return [
-                {"step": 3000, "score": 41.0, "bc_loss": 0.1, "seconds": 4.0, "data": "generated"}
-            ]
+            found = {"step": 3000, "score": 41.0, "bc_loss": 0.1, "seconds": 4.0}
+            return [found | {"data": "generated"}]
 
         def select(self, top_k):
             return {"last": {"score": 41.0, "top_k": top_k}}
 
     asked = []
     monkeypatch.setattr(loop, "train", lambda config: asked.append(config) or [Run()])
-    training.main(
-        [
-            "--full-run",
-            "--precision",
-            "tf32",
-            "--out",
-            str(tmp_path),
-            "--runs",
-            str(tmp_path / "runs"),
-        ]
-    )
+    where = ["--out", str(tmp_path), "--runs", str(tmp_path / "runs")]
+    training.main(["--full-run", "--precision", "tf32", *where])
     written = json.loads(next(tmp_path.glob("full_run_*.json")).read_text())
-    assert (
-        written["updating_s"] == 6.0
-        and written["evaluating_s"] == 4.0
-        and written["updates"] == 3000
-    )
+    times = {"updating_s": 6.0, "evaluating_s": 4.0, "updates": 3000}
+    assert times.items() <= written.items()
     assert (asked[0].precision, asked[0].data, asked[0].epochs) == ("tf32", "generated", 1000)
     assert "41.0" in capsys.readouterr().out
 
@@ -285,18 +253,16 @@ def test_the_profiler_counts_no_more_launches_than_there_are():
 
     device = torch.device("cuda")
     agents = training.make_agents(2, True, device)
-    update = kernels.FusedUpdate(
-        agents, training.random_transitions(10_000, device), training.BATCH
-    )
+    transitions = training.random_transitions(10_000, device)
+    update = kernels.FusedUpdate(agents, transitions, training.BATCH)
     found = training.profile(update.run, 100)
     assert 9 <= found["launches"] <= 10 and sum(found["kernels"].values()) > 0.9
 
 
 def test_timing_takes_turns():
     order = []
-    times = timing.measure(
-        {name: lambda name=name: order.append(name) for name in ("first", "second")}, 0.0
-    )
+    calls = {name: lambda name=name: order.append(name) for name in ("first", "second")}
+    times = timing.measure(calls, 0.0)
     assert order[4:] == ["first", "second"] * 5 and times["second"]["rounds"] == 5
     assert times["second"]["p20"] <= times["second"]["p50"] <= times["second"]["p80"]
     assert times["first"]["ratio"] == 1.0
@@ -314,28 +280,23 @@ def test_results_are_named_after_the_device():
         assert timing.device_slug({"gpu": gpu, "cpu": "a CPU"}) == expected
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluation
+# ---- Evaluation ----------------------------------------------------------------------------------
 
 
 def test_stepping_is_measured_for_each_way_and_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluation, "LIMIT", 2)
     monkeypatch.setattr(evaluation, "FEW", 2)
-    evaluation.main(
-        ["--tasks", "hopper-medium-v2", "--threads", "1", "--rounds", "1", "--out", str(tmp_path)]
-    )
+    little = ["--tasks", "hopper-medium-v2", "--threads", "1", "--rounds", "1"]
+    evaluation.main([*little, "--out", str(tmp_path)])
     found = json.loads((tmp_path / "evaluation.json").read_text())
     rates = found["steps_per_second"]["hopper-medium-v2"]
     assert list(rates) == ["10 episodes", "2 episodes", "SyncVectorEnv, 2", "AsyncVectorEnv, 2"]
-    assert (
-        min(rates.values()) > 0
-        and found["threads"] == 1
-        and "hopper-medium-v2" in capsys.readouterr().out
-    )
+    assert min(rates.values()) > 0 and found["threads"] == 1
+    assert "hopper-medium-v2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("bad", [["--tasks", "hopper-v2"], ["--rounds", "0"], ["--threads", "-1"]])
-def test_stepping_refuses_what_cannot_be_measured_in_one_line(bad):
+def test_stepping_refuses_bad_options_in_one_line(bad):
     with pytest.raises(SystemExit) as end:
         evaluation.main(bad)
     assert isinstance(end.value.code, str) and "\n" not in end.value.code

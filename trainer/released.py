@@ -15,8 +15,8 @@ def load_released_checkpoint(directory, id=None, *, max_action=1.0, **how) -> Di
 
     Sizes, T and the schedule are read from the files. max_action, device and hyperparameters are
     not in them and are given as to DiffusionQL; the averages are not in them either and start as
-    copies of the networks. Only tensors are unpickled, never code. Raises ValueError, in one line, for a
-    file that is missing, broken, holds more than tensors, or is of another network.
+    copies of the networks. Only tensors are unpickled, never code. Raises ValueError, in one line,
+    for a file that is missing, broken, holds more than tensors, or is of another network.
     """
     suffix = ".pth" if id is None else f"_{id}.pth"
     files = {name: Path(directory) / f"{name}{suffix}" for name in ("actor", "critic")}
