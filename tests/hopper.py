@@ -1,12 +1,19 @@
-"""Triton's interpreter with a Hopper GPU's arithmetic, as far as it is published: what float32 in numpy does not show.
+"""Triton's interpreter with a Hopper GPU's arithmetic, as far as that is published.
 
-Tensor cores: products are exact; those of a block and the sum so far are cut to multiples of 2⁻²⁵ of the largest of them, added,
-and cut to a float32. A block is 16 products in fp16, 8 in tf32; of tf32's operands ten bits of fraction are read, the rest is
-cut off. (Khattak and Mikaitis, arXiv 2512.07004; Xie et al., arXiv 2511.10909. They align by the sum of two operands' exponents,
-here by the product's own, which cuts one bit more off where a product is 2 to 4.) float32 products are fused multiply-adds, one
-after the other. Exponentials are up to an ulp off. In fp16 and tf32 activations the four elements that a thread holds in the layout of a
-matrix product, rows r and r + 8 of columns c and c + 1, share a reciprocal, half an ulp off. How far these units are off in truth
-is not published; the errors are drawn at random.
+A GPU is less exact than numpy's float32. Imitated are:
+
+- Tensor cores: products are exact. Those of a block and the sum so far are cut to multiples of 2⁻²⁵
+  of the largest of them and added, and the result is cut to a float32. A block is 16 products in
+  fp16, 8 in tf32. Of tf32's operands ten bits of fraction are read, the rest is cut off. See
+  Khattak and Mikaitis, arXiv 2512.07004, and Xie et al., arXiv 2511.10909. They align by the sum of
+  two operands' exponents; here it is the product's own exponent, which cuts off one bit more where
+  a product is 2 to 4.
+- Products in float32: fused multiply-adds, one after the other.
+- Exponentials: up to an ulp off.
+- Reciprocals: in fp16 and tf32 activations the four elements that a thread holds in the layout of a
+  matrix product, rows r and r + 8 of columns c and c + 1, share one, which is half an ulp off.
+
+How far the last two really are off is not published; their errors are drawn at random.
 """
 
 import numpy as np
@@ -22,19 +29,17 @@ BLOCK = {"fp16": 16, "tf32": 8}
 
 
 def towards_zero(x):
-    """float64 -> the nearest float32 that is no larger."""
+    """float64 -> the nearest float32 that is no larger in absolute value."""
     rounded = x.astype(np.float32)
     return np.where(np.abs(rounded) > np.abs(x), np.nextafter(rounded, np.float32(0)), rounded)
 
 
 def tensor_core(a, b, total, block):
-    """total + a·b, (m,k), (k,n), (m,n), as matrix units add it up."""
+    """total + a·b as matrix units add it up. total (m,n), a (m,k), b (k,n)."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     for k in range(0, a.shape[1], block):
-        terms = np.concatenate(
-            [a[:, k : k + block, None] * b[None, k : k + block], total[:, None].astype(np.float64)],
-            axis=1,
-        )
+        products = a[:, k : k + block, None] * b[None, k : k + block]
+        terms = np.concatenate([products, total[:, None].astype(np.float64)], axis=1)
         exponent = np.frexp(np.abs(terms).max(axis=1))[1] - 1
         unit = np.ldexp(1.0, exponent - FRACTION_BITS)
         total = towards_zero(np.trunc(terms / unit[:, None]).sum(axis=1) * unit)
@@ -65,7 +70,7 @@ def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
 
 
 class Approximations:
-    """The special functions, up to ulps off, drawn at random."""
+    """Exponential and reciprocal with errors drawn at random; ulps: the exponential's largest."""
 
     def __init__(self, ulps: float):
         self.rng, self.ulps = np.random.default_rng(0), ulps
@@ -80,10 +85,9 @@ class Approximations:
         return self.off(np.exp(x.astype(np.float64)), self.ulps)
 
     def shared_reciprocals(self, a):
-        """-1/a, (m, n), of which rows r and r + 8 of columns c and c + 1 share one division."""
-        (a_0, a_1), (a_2, a_3) = grouped = a.reshape(len(a) // 16, 2, 8, -1, 2).transpose(
-            1, 4, 0, 2, 3
-        )
+        """-1/a, (m, n). Rows r and r + 8 of columns c and c + 1 share one division."""
+        grouped = a.reshape(len(a) // 16, 2, 8, -1, 2).transpose(1, 4, 0, 2, 3)
+        (a_0, a_1), (a_2, a_3) = grouped
         p, q = a_0 * a_1, a_2 * a_3
         r = -self.off(1.0 / (p * q).astype(np.float64), 0.5)
         p, q = p * r, q * r
@@ -92,15 +96,17 @@ class Approximations:
         return inverse.transpose(2, 0, 3, 4, 1).reshape(a.shape)
 
     def mish(self, u):
-        e = self.exp2(
-            np.fmin(u, np.float32(15))
-        )  # of NaN and 15 it is 15: a broken row spares its neighbours
+        # fmin of NaN and 15 is 15: a NaN must not reach the rows that share its reciprocal.
+        e = self.exp2(np.fmin(u, np.float32(15)))
         a = e * (e * np.float32(0.5) + np.float32(1)) + np.float32(1)
         return (u.astype(np.float64) * self.shared_reciprocals(a) + u).astype(np.float32)
 
 
 def install(monkeypatch, ulps: float = 1.0) -> None:
-    """From now on, until monkeypatch undoes it, kernels are interpreted so. ulps: how far the exponential may be off."""
+    """Interpret kernels with this arithmetic until monkeypatch undoes it.
+
+    ulps: how far an exponential may be off.
+    """
     units = Approximations(ulps)
     plain = kernels.ops.mish
 
@@ -110,12 +116,13 @@ def install(monkeypatch, ulps: float = 1.0) -> None:
         with np.errstate(all="ignore"):
             return tl.core.tensor(TensorHandle(units.mish(u.handle.data), u.handle.dtype), u.type)
 
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
-    monkeypatch.setattr(
-        InterpreterBuilder, "create_exp", lambda self, x: self.unary_op(x, units.exp)
-    )
-    monkeypatch.setattr(
-        InterpreterBuilder, "create_exp2", lambda self, x: self.unary_op(x, units.exp2)
-    )
+    def create_exp(self, x):
+        return self.unary_op(x, units.exp)
+
+    def create_exp2(self, x):
+        return self.unary_op(x, units.exp2)
+
+    for create in (create_dot, create_exp, create_exp2):
+        monkeypatch.setattr(InterpreterBuilder, create.__name__, create)
     for module in (kernels.network, kernels.gradients):
         monkeypatch.setattr(module, "mish", mish)

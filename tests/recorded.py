@@ -1,7 +1,8 @@
-"""CUDA graphs on a CPU: what is called during a capture is recorded, and a replay does it again on the same tensors.
+"""CUDA graphs on a CPU: a capture records the calls, and a replay makes them on the same tensors.
 
-As on a GPU, numbers that Python hands to a launch stay what they were, what a capture made holds nothing before the first
-replay, and whatever would wait for the device raises. Kernels run in Triton's interpreter; during a capture they are recorded only.
+As on a GPU, numbers that Python hands to a launch stay what they were, tensors made in a capture
+hold nothing before the first replay, and what would wait for the device raises. Kernels run in
+Triton's interpreter; during a capture they are only recorded.
 """
 
 import time
@@ -24,9 +25,9 @@ WAITS = {
 capturing: list = []  # the graph that is being captured
 current_device: list = [0]  # the last one is current
 current_stream: list = []  # likewise; if empty, each device's default stream
-synchronized: list = []  # the devices that somebody has waited for
+synchronized: list = []  # the devices that were waited for
 pools: list = []  # the memory pools of captures that have begun and not ended
-refusing: list = []  # the generators that do not draw, since a capture that failed was the last they saw
+refusing: list = []  # the generators that refuse to draw after a capture that failed
 launch = GridExecutor.__call__
 
 
@@ -39,10 +40,15 @@ def storages(tree) -> set:
 
 
 class Graph:
-    """torch.cuda.CUDAGraph. launches: the kernels, operations: what torch has done, of which made is what it allocated."""
+    """torch.cuda.CUDAGraph.
+
+    calls: what a replay calls. launches: names of kernels. operations: torch's, and made: the
+    tensors that they allocated.
+    """
 
     def __init__(self):
-        self.calls, self.launches, self.operations, self.made, self.generators = [], [], [], [], []
+        self.calls, self.launches, self.operations = [], [], []
+        self.made, self.generators = [], []
         self.device = current_device[-1]
 
     def register_generator_state(self, generator):
@@ -63,9 +69,8 @@ def repeat(func, args, kwargs, before):
 class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in WAITS:
-            raise RuntimeError(
-                f"{func} waits for the device, which is not permitted when a stream is capturing"
-            )
+            why = "which is not permitted when a stream is capturing"
+            raise RuntimeError(f"{func} waits for the device, {why}")
         graph, kwargs = capturing[-1], kwargs or {}
         known = storages((args, kwargs))
         out = func(*args, **kwargs)
@@ -84,14 +89,15 @@ def record_launch(executor, *args, **kwargs):
 
 @contextmanager
 def capture(graph, pool=None, stream=None):
-    """As torch.cuda.graph of torch 2.11, which after an error inside raises another one, and leaves its stream and pool in use and
-    its generators refusing."""
+    """As torch.cuda.graph of torch 2.11.
+
+    After an error inside it raises another one, and leaves its stream and pool in use and its
+    generators refusing.
+    """
     assert not pools, "an earlier capture that failed has not been cleaned up"
     pools.append(pool)
     assert stream is not None, "torch would capture on the device of the process's first capture"
-    assert stream.device == current_device[-1], (
-        "the capture is on another device than the current one"
-    )
+    assert stream.device == current_device[-1], "the capture is not on the current device"
     capturing.append(graph)
     current_stream.append(stream)
     broken = False
@@ -133,9 +139,8 @@ def on_stream(stream):
 
 def make_stream(device=None):
     where = current_device[-1] if device is None else torch.device(device).index or 0
-    return SimpleNamespace(
-        device=where, wait_stream=lambda other: None, synchronize=lambda: synchronized.append(where)
-    )
+    synchronize = lambda: synchronized.append(where)  # noqa: E731
+    return SimpleNamespace(device=where, wait_stream=lambda other: None, synchronize=synchronize)
 
 
 def get_stream(device=None):
@@ -160,29 +165,37 @@ class Event:
         return (end.at - self.at) * 1e3
 
 
+def unpinned(make):
+    """The host's memory cannot be pinned without a GPU."""
+    return lambda *args, pin_memory=False, **kwargs: make(*args, **kwargs)
+
+
 def install(monkeypatch) -> None:
-    """From now on, until monkeypatch undoes it, there seems to be a GPU that can capture; tensors stay on the CPU."""
+    """Until monkeypatch undoes it there seems to be a GPU that can capture.
+
+    Tensors stay on the CPU.
+    """
     for state in (capturing, current_stream, synchronized, pools, refusing):
         state.clear()
-    monkeypatch.setattr(
-        torch._C,
-        "_cuda_endAllocateToPool",
-        lambda device, pool: pools and pools.remove(pool),
-        raising=False,
-    )
-    for name, stub in {
-        "is_available": lambda: True, "is_current_stream_capturing": lambda: bool(capturing), "synchronize": lambda *_: None,
-        "CUDAGraph": Graph, "graph": capture, "device": on_device, "Stream": make_stream, "current_stream": get_stream,
-        "stream": on_stream, "set_stream": set_stream, "Event": Event, "current_device": lambda: current_device[-1],
+    end_pool = lambda device, pool: pools and pools.remove(pool)  # noqa: E731
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end_pool, raising=False)
+    stubs = {
+        "is_available": lambda: True,
+        "is_current_stream_capturing": lambda: bool(capturing),
+        "synchronize": lambda *_: None,
+        "CUDAGraph": Graph,
+        "graph": capture,
         "graph_pool_handle": object,
-    }.items():  # fmt: skip
+        "device": on_device,
+        "current_device": lambda: current_device[-1],
+        "Stream": make_stream,
+        "stream": on_stream,
+        "current_stream": get_stream,
+        "set_stream": set_stream,
+        "Event": Event,
+    }
+    for name, stub in stubs.items():
         monkeypatch.setattr(torch.cuda, name, stub)
-    for name in ("zeros", "empty_like"):  # memory of the host is never pinned without a GPU
-        monkeypatch.setattr(
-            torch,
-            name,
-            lambda *args, pin_memory=False, real=getattr(torch, name), **kwargs: real(
-                *args, **kwargs
-            ),
-        )
+    for name in ("zeros", "empty_like"):
+        monkeypatch.setattr(torch, name, unpinned(getattr(torch, name)))
     monkeypatch.setattr(GridExecutor, "__call__", record_launch)

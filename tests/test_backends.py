@@ -1,6 +1,6 @@
 """trainer/backends.py: what acts and what trains is tried first, and falls back where it may.
 
-The fused kernels run on a CPU in Triton's interpreter.
+On a CPU the fused kernels run in Triton's interpreter.
 """
 
 import math
@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny_runs import ENV, TINY
+from tiny_runs import ENV, TINY, refused
 
 import dql
 import tasks
@@ -86,14 +86,14 @@ def test_acting_falls_back_with_a_line_or_refuses(kernels, monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize(
-    "weight, message",
-    [
-        (math.nan, "not finite at update 7"),
-        (1e6, "at update 7 .* cannot hold: take --precision tf32"),
-    ],
-)
-def test_kernels_name_a_diverged_policy(kernels, weight, message):
+DIVERGED = {
+    "not finite at update 7": math.nan,
+    "at update 7 .* cannot hold: take --precision tf32": 1e6,
+}
+
+
+@pytest.mark.parametrize("message, weight", DIVERGED.items())
+def test_kernels_name_a_diverged_policy(kernels, message, weight):
     agent = DiffusionQL(5, 2, **SMALL)
     act = FusedActing(agent, 3, "fp16")
     with torch.no_grad():
@@ -122,6 +122,15 @@ def tiny_agents(n=1):
     return [dql.DiffusionQL(29, 8, hidden_dim=128, n_timesteps=2, seed=seed) for seed in range(n)]
 
 
+def copy_of(agent):
+    return {name: value.clone() for name, value in agent.state_dict().items()}
+
+
+def assert_unchanged(agent, state):
+    for name, value in agent.state_dict().items():
+        assert torch.equal(value, state[name]), name
+
+
 def transitions_of(data):
     task = tasks.get(ENV)
     dataset = tasks.load(task, data, log=lambda line: None)
@@ -130,13 +139,10 @@ def transitions_of(data):
 
 def test_trying_the_fused_update_changes_nothing(data, few_programs):
     agents = tiny_agents(2)
-    before = [
-        {name: value.clone() for name, value in agent.state_dict().items()} for agent in agents
-    ]
+    before = [copy_of(agent) for agent in agents]
     backends.make_updates("fused", Options(batch_size=8), agents, transitions_of(data))
     for agent, state in zip(agents, before):
-        for name, value in agent.state_dict().items():
-            assert torch.equal(value, state[name]), name
+        assert_unchanged(agent, state)
 
 
 def test_a_fused_update_that_is_wrong_is_refused(data, few_programs, monkeypatch):
@@ -151,12 +157,12 @@ def test_a_fused_update_that_is_wrong_is_refused(data, few_programs, monkeypatch
         backends.make_updates("fused", Options(batch_size=8), tiny_agents(), transitions_of(data))
 
 
-def test_a_backend_that_cannot_be_captured_leaves_agents_as_they_were(
+def test_a_failed_capture_leaves_the_agents_as_they_were(
     data, few_programs, cuda_graphs, monkeypatch
 ):
-    """So the next slower one trains what was to be trained."""
+    """So the next slower backend trains the same agents."""
     agents, whole = tiny_agents(), few_programs.FusedUpdate
-    before = {name: value.clone() for name, value in agents[0].state_dict().items()}
+    before = copy_of(agents[0])
 
     def replaying(*args):
         update = whole(*args)
@@ -173,11 +179,12 @@ def test_a_backend_that_cannot_be_captured_leaves_agents_as_they_were(
     for backend in ("fused", "graph"):
         with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
             backends.make_updates(backend, Options(batch_size=8), agents, transitions_of(data))
-        for name, value in agents[0].state_dict().items():
-            assert torch.equal(value, before[name]), f"{backend}: {name}"
+        assert_unchanged(agents[0], before)
 
 
-def test_auto_takes_the_next_slower_backend_with_a_line_that_says_why(monkeypatch, capsys):
+def test_auto_falls_back_with_a_line_that_says_why(monkeypatch, capsys):
+    """To the next slower backend."""
+
     class OnGPU:
         device = torch.device("cuda")
 
@@ -194,44 +201,35 @@ def test_auto_takes_the_next_slower_backend_with_a_line_that_says_why(monkeypatc
         "updates will not be graph: graph is broken",
     ]
     for backend in ("fused", "compile"):
-        with pytest.raises(
-            UserError, match=f"--backend {backend} is not available: {backend} is broken$"
-        ):
+        why = f"--backend {backend} is not available: {backend} is broken$"
+        with pytest.raises(UserError, match=why):
             backends.choose_updates(Options(backend=backend), [OnGPU()], None)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_backends_that_this_machine_cannot_have_are_refused_by_name(
-    tmp_path, data, capsys, monkeypatch
-):
+def test_an_unavailable_backend_is_refused_with_the_reason(tmp_path, data, capsys, monkeypatch):
     pytest.importorskip("triton", reason="triton has no package for this platform")
     import kernels
 
-    arguments = [*TINY, "--data", data, "--out", str(tmp_path)]
-    assert dql.main([*arguments, "--backend", "graph"]) == 1
-    assert (
-        "--backend graph is not available: CUDA graphs need a CUDA GPU" in capsys.readouterr().err
-    )
-    assert dql.main([*arguments, "--backend", "fused"]) == 1
-    assert (
-        "--backend fused is not available: hidden_dim 16 is not one of" in capsys.readouterr().err
-    )
+    def message(backend):
+        options = ["--data", data, "--out", tmp_path, "--backend", backend]
+        return refused(capsys, *TINY, *options)
+
+    unavailable = "--backend {} is not available: {}".format
+    assert unavailable("graph", "CUDA graphs need a CUDA GPU") in message("graph")
+    assert unavailable("fused", "hidden_dim 16 is not one of") in message("fused")
     monkeypatch.setattr(kernels, "why_not", lambda: "no CUDA GPU was found")
-    assert dql.main([*arguments, "--backend", "fused"]) == 1
-    assert "--backend fused is not available: no CUDA GPU" in capsys.readouterr().err
+    assert unavailable("fused", "no CUDA GPU") in message("fused")
     monkeypatch.setattr(eager.shutil, "which", lambda name: None)
-    assert dql.main([*arguments, "--backend", "compile"]) == 1
-    assert "--backend compile is not available: it needs a C++ compiler" in capsys.readouterr().err
+    assert unavailable("compile", "it needs a C++ compiler") in message("compile")
 
 
 @pytest.mark.skipif(not eager.has_compiler(), reason="there is no C++ compiler")
 def test_compiled_updates_are_the_eager_ones(data):
     agents = [dql.DiffusionBC(29, 8, hidden_dim=16, n_timesteps=1) for _ in range(2)]
     for agent, backend in zip(agents, ("eager", "compile")):
-        updates = backends.make_updates(
-            backend, Options(batch_size=8), [agent], transitions_of(data)
-        )
-        means = updates.run(2)
+        options, transitions = Options(batch_size=8), transitions_of(data)
+        means = backends.make_updates(backend, options, [agent], transitions).run(2)
     assert agents[1].step == 2 and set(means[0]) == {"bc_loss", "actor_grad_norm"}
     states = [agent.policy.state_dict() for agent in agents]
     torch.testing.assert_close(*states, rtol=1e-4, atol=1e-6)

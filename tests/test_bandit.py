@@ -1,7 +1,7 @@
-"""The bandit: what the paper shows comes out at a small budget, and the command.
+"""experiments/bandit.py: what the paper shows comes out at a small budget, and the command.
 
-What is asserted of trained policies leaves a margin to what several seeds gave; those figures are
-beside it. The full recipe's claims are asserted of experiments/results/bandit.json.
+Bounds on trained policies leave a margin to what several seeds gave, which is beside them. The full
+recipe's claims are tested on the committed experiments/results/bandit.json.
 """
 
 import json
@@ -45,7 +45,7 @@ def test_diffusion_clones_all_four_modes():
     assert found["mmd"] < 0.08  # 0.040 to 0.045; two draws of the data: 0.029
 
 
-def test_a_gaussian_does_not():
+def test_a_gaussian_does_not_clone_the_modes():
     found = figures_of("BC-MLE", 500, 6e-3)
     assert found["outside"] > 0.90  # three seeds: 0.968 to 0.974
     assert found["mmd"] > 0.3  # 0.405 to 0.408
@@ -61,7 +61,7 @@ def test_diffusion_with_q_goes_to_the_best_corner():
 
 
 @pytest.mark.parametrize("name", ["TD3+BC", "BCQ", "BEAR-MMD"])
-def test_the_baselines_with_q_do_not(name):
+def test_the_baselines_with_q_miss_the_best_corner(name):
     found = figures_of(name, 400, 6e-3, 500)
     assert found["reward"] < 1.0  # two seeds each: at most 0.26
     assert found["shares"]["lower right"] < 0.2  # 0.025
@@ -167,7 +167,7 @@ def test_the_papers_recipe_also_trains_with_critics_first(small, tmp_path, monke
     assert "course" not in methods["TD3+BC"][0] and (tmp_path / "out/bandit_course.png").exists()
 
 
-def test_looking_changes_nothing_of_the_training(small, monkeypatch):
+def test_sampling_on_the_way_does_not_change_training(small, monkeypatch):
     job = bandit.Job("Diffusion-QL", 4, 2.5, 2, Recipe(8, 3e-3))
     monkeypatch.setattr(bandit, "LOOKS", 4)
     bandit.POLICIES.mkdir()
@@ -180,34 +180,34 @@ def test_looking_changes_nothing_of_the_training(small, monkeypatch):
     assert np.array_equal(tensors["course"][-1], shares(samples.numpy()))
 
 
-def test_some_methods_are_drawn_alone(small, tmp_path):
+def test_some_methods_can_be_asked_for(small, tmp_path):
     small("--methods", "BCQ", "BC-MLE", "--seed", "4")
     assert list(written_by(tmp_path)["methods"]) == ["data", "BC-MLE", "BCQ"]
     assert not (tmp_path / "out/bandit_quick_steps.png").exists()
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        (["--methods", "BC-MLE", "SAC"], "unknown method 'SAC'; known: BC-MLE, .*Diffusion-QL"),
-        (["--T", "0"], "--T must be at least 1, not 0"),
-        (["--eta", "-1"], "--eta must be at least 0, not -1"),
-        (["--eta", "nan"], "--eta must be at least 0, not nan"),
-        (["--eta", "inf"], "--eta must be finite"),
-        (["--seeds", "-1"], "--seeds must be at least 0, not -1"),
-        (["--seeds", "1", "1"], "names a seed twice"),
-        (["--jobs", "0"], "--jobs must be at least 1, not 0"),
-        (["--out", str(ROOT / "README.md")], "README.md.*--out"),
-        (["--fused"], "--fused cannot be used: no CUDA GPU was found"),
-        (["--compile"], r"--compile needs a C\+\+ compiler"),
-    ],
-)
+BAD_INPUT = {
+    "--methods BC-MLE SAC": "unknown method 'SAC'; known: BC-MLE, .*Diffusion-QL",
+    "--T 0": "--T must be at least 1, not 0",
+    "--eta -1": "--eta must be at least 0, not -1",
+    "--eta nan": "--eta must be at least 0, not nan",
+    "--eta inf": "--eta must be finite",
+    "--seeds -1": "--seeds must be at least 0, not -1",
+    "--seeds 1 1": "names a seed twice",
+    "--jobs 0": "--jobs must be at least 1, not 0",
+    f"--out {ROOT / 'README.md'}": "README.md.*--out",
+    "--fused": "--fused cannot be used: no CUDA GPU was found",
+    "--compile": r"--compile needs a C\+\+ compiler",
+}
+
+
+@pytest.mark.parametrize("options, message", BAD_INPUT.items())
 def test_bad_input_gets_one_line_before_anything_is_trained(small, monkeypatch, options, message):
     monkeypatch.setattr(bandit, "train_job", lambda *_: pytest.fail("trained"))
     monkeypatch.setattr(kernels, "why_not", lambda: "no CUDA GPU was found")
     monkeypatch.setattr(bandit, "has_compiler", lambda: False)
     with pytest.raises(SystemExit, match=message) as e:
-        small(*options)
+        small(*options.split())
     assert "\n" not in str(e.value)
 
 
@@ -235,7 +235,7 @@ def fused_policy(n_timesteps, updates):
     return method.policy.to(bandit.fused_device())
 
 
-def test_fused_samples_are_as_near_to_eager_ones_as_others(monkeypatch):
+def test_fused_samples_are_distributed_as_eager_ones(monkeypatch):
     policy = fused_policy(5, 200)
     samples, found = bandit.compare_fused(policy, 128)
     assert samples.shape == (128, 2) and found["same"], found

@@ -1,4 +1,4 @@
-"""The bandit's data are the paper's, and its figures are what they say."""
+"""experiments/bandit_data.py: the data are the paper's, the figures follow their definitions."""
 
 import math
 
@@ -36,7 +36,7 @@ def test_the_data_are_the_papers():
     assert np.allclose(action.numpy(), actions) and not state.any()
 
 
-def test_the_data_are_those_that_the_authors_seed_draws():
+def test_the_data_are_those_of_the_authors_seed():
     """All actions, then all rewards, corner by corner, from torch's global generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2022)
@@ -50,7 +50,7 @@ def test_the_data_are_those_that_the_authors_seed_draws():
     assert np.array_equal(ours[1], torch.cat(rewards)[:, 0].numpy())
 
 
-def test_only_what_lies_at_a_corner_is_counted_and_paid():
+def test_only_samples_at_a_corner_are_counted_and_paid():
     at = [*MEANS.values(), (0.8, -0.651), (0.8, -0.649), (1.0, -1.0), (0.0, 0.0)]
     found = figures(np.array(at), DATA)
     assert list(found["shares"].values()) == [1 / 8, 1 / 8, 1 / 8, 2 / 8]
@@ -60,7 +60,7 @@ def test_only_what_lies_at_a_corner_is_counted_and_paid():
     assert abs(of_data["reward"] - REWARDS.mean()) < 0.1
 
 
-def test_the_mmd_is_that_of_its_definition():
+def test_the_mmd_is_as_defined():
     x, y = np.random.default_rng(0).normal(size=(2, 7, 2)) * 0.1
 
     def k(a, b):

@@ -1,4 +1,4 @@
-"""The bandit's policies: diffusion is dql.py's own, each baseline's loss the released one."""
+"""experiments/bandit_policies.py: diffusion is dql.py's, each baseline's loss the released one."""
 
 import math
 
@@ -23,23 +23,25 @@ def batch():
     return TRANSITIONS.sample(100, torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize(
-    "name, algorithm", [("BC-Diffusion", DiffusionBC), ("Diffusion-QL", DiffusionQL)]
-)
-def test_diffusion_is_dqls_own_update(name, algorithm):
+ALGORITHMS = {"BC-Diffusion": DiffusionBC, "Diffusion-QL": DiffusionQL}
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_diffusion_is_dqls_own_update(name):
     method = make(name, seed=3)
-    agent = algorithm(2, 2, hidden_dim=128, eta=2.5, grad_norm=0.0, seed=3)
+    agent = ALGORITHMS[name](2, 2, hidden_dim=128, eta=2.5, grad_norm=0.0, seed=3)
     for _ in range(3):
         batch = TRANSITIONS.sample(100, agent.generator)
         torch.testing.assert_close(TRANSITIONS.sample(100, method.generator), batch)
-        agent.update(batch), method.update(batch)
+        agent.update(batch)
+        method.update(batch)
     for network in ("policy", "critic"):
         found, expected = getattr(method.agent, network), getattr(agent, network)
         for p, q in zip(found.parameters(), expected.parameters()):
             torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
 
 
-def test_critics_that_learn_first_learn_the_reward_alone(batch):
+def test_critics_trained_first_learn_only_the_reward(batch):
     method = make("Diffusion-QL")
     agent, before = method.agent, [p.clone() for p in method.policy.parameters()]
     q1, q2 = agent.critic(batch.state, batch.action)
@@ -69,7 +71,7 @@ def test_rates_fall_to_0_by_half_a_cosine(name):
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if "Diffusion" not in name])
-def test_each_loss_moves_its_own_network_alone(name, batch):
+def test_each_loss_moves_only_its_own_network(name, batch):
     method = make(name)
     method.update(batch)  # an actor's step tells the multiplier how far it is off
     modules = {step: module for step, (module, _, _) in method.losses().items()}
@@ -114,7 +116,7 @@ def test_bcq_moves_actions_by_at_most_a_twentieth():
     torch.testing.assert_close(moved, plain + 0.05)
 
 
-def test_the_laplacian_discrepancy_is_that_of_its_definition():
+def test_the_laplacian_discrepancy_is_as_defined():
     x, y = torch.randn(2, 3, 4, 2, generator=torch.Generator().manual_seed(0))
 
     def mean_k(a, b):
@@ -137,7 +139,7 @@ def test_bears_multiplier_rises_with_the_discrepancy(excess, rises):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_seed_gives_the_same_policy_whatever_else_is_random(name):
+def test_the_seed_alone_decides_the_policy(name):
     drawn = []
     for other in (0, 1):
         torch.manual_seed(other)

@@ -148,15 +148,12 @@ def test_figures_are_on_disk_as_soon_as_they_are_known(tmp_path):
 # ---- What only a GPU is asked: here on a CPU, with recorded graphs -------------------------------
 
 
-ON_GPU = torch.cuda.is_available()  # the fixture cuda_graphs makes it look so anywhere
-
-
 @pytest.fixture
 def small(monkeypatch, few_programs, cuda_graphs):
-    """Small agents on the CPU, wherever they are asked for, in Triton's interpreter."""
-    pytest.importorskip("triton", reason="triton has no package for this platform")
-    if ON_GPU:
-        pytest.skip("bench.first asks a GPU")
+    """Small agents on the CPU, wherever they are asked for, in Triton's interpreter.
+
+    few_programs comes before cuda_graphs: it skips where there is a GPU.
+    """
     size = dict(hidden_dim=128, n_timesteps=2)
 
     def make_agents(n, max_q, device):

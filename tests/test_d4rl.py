@@ -1,4 +1,4 @@
-"""The command of twenty tasks: what is recorded of failures, written, refused."""
+"""experiments/d4rl.py, the command of twenty tasks: failures, files and bad input."""
 
 import csv
 import json
@@ -35,7 +35,7 @@ def test_a_failed_task_is_recorded_and_tried_again(d4rl_command, capsys):
     assert [row["note"] for row in d4rl_command.table()["rows"]] == ["", "", ""]
 
 
-def test_a_failure_is_that_of_its_options_alone(d4rl_command):
+def test_a_failure_is_recorded_for_its_options_only(d4rl_command):
     d4rl_command.broken = {UMAZE: "error: eta became nan"}
     assert d4rl_command(passed=("--eta", "9"), tasks=(UMAZE, MEDIUM)) == 1
     d4rl_command.broken = {}
@@ -79,7 +79,7 @@ def test_ctrl_c_stops_the_children(d4rl_command, capsys, interruptible):
     assert d4rl_command(tasks=(UMAZE, MEDIUM, LARGE)) == 0
 
 
-def test_what_a_node_sends_back_is_all_that_the_table_needs(d4rl_command):
+def test_what_a_node_sends_back_is_enough_for_the_table(d4rl_command):
     """What is here already is not overwritten."""
     d4rl_command()
     node = d4rl_command.out.rename(d4rl_command.folder / "node")
@@ -148,27 +148,25 @@ def test_a_full_disk_leaves_the_table_that_was_there(d4rl_command, monkeypatch):
     assert sorted(p.name for p in d4rl_command.results.iterdir()) == FILES
 
 
-@pytest.mark.parametrize(
-    "arguments, expected",
-    [
-        (
-            ["--tasks", "antmaze-umase-v0"],
-            "no task is called 'antmaze-umase-v0'; the nearest are antmaze-umaze-v0",
-        ),
-        (["--tasks", UMAZE, "--seeds", "1", "1"], "--seeds 1 1 names a seed twice"),
-        (["--tasks", UMAZE, "--seeds", "-1"], "--seeds must be at least 0"),
-        (["--jobs", "0"], "--jobs must be at least 1, not 0"),
-        (["--ray", "--gpus-per-task", "nan"], "--gpus-per-task must lie between 0 and 1, not nan"),
-        (["--ray", "--cpus-per-task", "0"], "--cpus-per-task must be at least 1, not 0"),
-        (["--tasks", UMAZE, "--", "--out", "x"], "--out cannot be passed on"),
-        (["--tasks", UMAZE, "--", "--seed=3"], "--seed=3 cannot be passed on"),
-        (["--tasks", UMAZE, "--", "--epochs", "0"], "--epochs must be at least 1, not 0"),
-        (["--tasks", UMAZE, "--table"], "no finished run in .* was made with these seeds and"),
-        (["--tasks", UMAZE, "--out", "/proc/x"], "cannot make a run's folder in /proc/x"),
-    ],
-)
+UNKNOWN = "no task is called 'antmaze-umase-v0'; the nearest are antmaze-umaze-v0"
+BAD_INPUT = {
+    "--tasks antmaze-umase-v0": UNKNOWN,
+    f"--tasks {UMAZE} --seeds 1 1": "--seeds 1 1 names a seed twice",
+    f"--tasks {UMAZE} --seeds -1": "--seeds must be at least 0",
+    "--jobs 0": "--jobs must be at least 1, not 0",
+    "--ray --gpus-per-task nan": "--gpus-per-task must lie between 0 and 1, not nan",
+    "--ray --cpus-per-task 0": "--cpus-per-task must be at least 1, not 0",
+    f"--tasks {UMAZE} -- --out x": "--out cannot be passed on",
+    f"--tasks {UMAZE} -- --seed=3": "--seed=3 cannot be passed on",
+    f"--tasks {UMAZE} -- --epochs 0": "--epochs must be at least 1, not 0",
+    f"--tasks {UMAZE} --table": "no finished run in .* was made with these seeds and",
+    f"--tasks {UMAZE} --out /proc/x": "cannot make a run's folder in /proc/x",
+}
+
+
+@pytest.mark.parametrize("arguments, expected", BAD_INPUT.items())
 def test_bad_input_is_refused_in_a_line(tmp_path, arguments, expected):
     where = ["--out", str(tmp_path / "runs"), "--results", str(tmp_path)]
     with pytest.raises(SystemExit, match=expected) as refused:
-        d4rl.main([*where, *arguments])
+        d4rl.main([*where, *arguments.split()])
     assert "\n" not in str(refused.value) and not list(tmp_path.glob("d4rl.*"))

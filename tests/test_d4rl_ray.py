@@ -1,6 +1,6 @@
-"""The table on a Ray cluster: a real one of two nodes, one of which is killed half-way.
+"""experiments.d4rl on a Ray cluster: a real one of two nodes, one of which is killed half-way.
 
-Also addresses that do not answer, and what Ray says when it gives up.
+Also addresses that do not answer, and the reasons that Ray gives when it gives up.
 """
 
 import socket

@@ -1,4 +1,4 @@
-"""The figures of the paper's table: rows, intervals, means over tasks."""
+"""experiments/d4rl_table.py: the table's rows, intervals and means over tasks."""
 
 import math
 
@@ -81,7 +81,7 @@ def test_other_transitions_of_the_same_name_are_another_row():
     assert [a["tasks"] for a in make_aggregates(rows)] == [1, 1]
 
 
-def test_a_repaired_file_is_not_d4rls():
+def test_a_repaired_file_is_not_counted_as_d4rls():
     run = made(UMAZE, 0, 90.0)
     run["data"]["label"] += ", repaired"
     rows = make_rows({UMAZE: SEEDS}, [run, made(UMAZE, 1, 10.0)], {})

@@ -1,12 +1,16 @@
-"""kernels/eager.py: Mish with one exponential, pieces, and a compiled update. The oracle is in test_dql.py."""
+"""kernels/eager.py: Mish with one exponential, large batches in pieces, and a compiled update.
+
+The comparison with the oracle is in test_dql_policy.py and test_dql_update.py.
+"""
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from small_agents import error, random_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dql import Batch, DiffusionBC, DiffusionQL
+from dql import DiffusionBC, DiffusionQL
 from kernels import eager
 from kernels.eager import Mish
 
@@ -17,16 +21,6 @@ def make_agent(make=DiffusionQL, **how):
     return agent
 
 
-def random_batch(n=32):
-    g = torch.Generator().manual_seed(0)
-    state, action, next_state, reward = (torch.randn(n, d, generator=g) for d in (3, 2, 3, 1))
-    return Batch(state, action.clamp(-1, 1), next_state, reward, torch.ones(n, 1))
-
-
-def error(ours, expected) -> float:
-    return (ours.detach().double() - expected).abs().max().item()
-
-
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.float64, 5e-14)])
 def test_mish_and_its_gradient_over_the_whole_range(dtype, tolerance):
     x = torch.linspace(-100, 100, 20_001, dtype=dtype).requires_grad_()
@@ -34,28 +28,22 @@ def test_mish_and_its_gradient_over_the_whole_range(dtype, tolerance):
     y, expected = Mish()(x.clone()), F.mish(exact)  # a clone, since it is overwritten
     scale = expected.detach().abs().clamp(min=1)
     assert ((y.detach() - expected).abs() / scale).max() < tolerance
-    weight = torch.linspace(
-        0.5, 2, len(x), dtype=torch.float64
-    )  # so that the incoming gradient matters
+    # Weights, so that the incoming gradient matters.
+    weight = torch.linspace(0.5, 2, len(x), dtype=torch.float64)
     (gradient,) = torch.autograd.grad((y * weight.to(dtype)).sum(), x)
     (expected_gradient,) = torch.autograd.grad((expected * weight).sum(), exact)
     assert error(gradient, expected_gradient) < 2 * tolerance
     with torch.no_grad():
         taken = x.clone()
         without_graph = Mish()(taken)
-        assert (
-            without_graph.data_ptr() == taken.data_ptr()
-        )  # the result takes the input's place, as the class says
+        assert without_graph.data_ptr() == taken.data_ptr()  # in place, as the class says
     assert ((without_graph - expected).abs() / scale).max() < tolerance
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"max_q_backup": True}])
 def test_cutting_large_batches_for_the_cache_changes_nothing(monkeypatch, kwargs):
-    batch, state, results = (
-        random_batch(),
-        np.random.default_rng(0).normal(size=(9, 3)).astype(np.float32),
-        [],
-    )
+    batch, results = random_batch(), []
+    state = np.random.default_rng(0).normal(size=(9, 3)).astype(np.float32)
     for rows in (1, 30, 10**9):
         monkeypatch.setattr(eager, "CPU_ROWS", rows)
         agent = make_agent(**kwargs)
@@ -66,7 +54,10 @@ def test_cutting_large_batches_for_the_cache_changes_nothing(monkeypatch, kwargs
         torch.testing.assert_close(loss, results[-1][1], rtol=1e-5, atol=1e-6)
 
 
-class _Operations(TorchDispatchMode):
+WAITING = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select"}
+
+
+class Operations(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.seen = set()
@@ -78,20 +69,13 @@ class _Operations(TorchDispatchMode):
 
 @pytest.mark.parametrize("kwargs", [{}, {"max_q_backup": True}, {"make": DiffusionBC}])
 def test_an_update_never_asks_for_a_value(kwargs):
-    """On a GPU each of these operations would wait for the device. The optimizers' steps are included."""
+    """On a GPU each of these operations would wait for the device; the optimizers' included."""
     agent, batch = make_agent(grad_norm=1.0, **kwargs), random_batch()
     agent.update(batch)
-    with _Operations() as operations:
+    with Operations() as operations:
         agent.update(batch)
     assert "addmm" in operations.seen  # the mode does see what runs
-    assert not operations.seen & {
-        "_local_scalar_dense",
-        "item",
-        "is_nonzero",
-        "nonzero",
-        "equal",
-        "masked_select",
-    }
+    assert not operations.seen & WAITING
 
 
 @pytest.mark.skipif(not eager.has_compiler(), reason="no C++ compiler")

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, the log and its rewinding, and the rules that select a checkpoint."""
+"""trainer/folder.py: whole files or none, the log and its rewinding, the choice of checkpoints."""
 
 import errno
 import json
@@ -22,18 +22,18 @@ from trainer.folder import (
 
 
 def evaluations(bc_loss, score=None):
+    """One at each of the steps 0, 1, 2, ..."""
     score = score or list(range(len(bc_loss)))
-    pairs = enumerate(zip(bc_loss, score))
+    steps = range(len(bc_loss))
     return [
-        dict(kind="evaluation", step=step, bc_loss=b, score=s, data="D") for step, (b, s) in pairs
+        dict(kind="evaluation", step=i, bc_loss=bc_loss[i], score=score[i], data="D") for i in steps
     ]
 
 
 def steps(bc_loss, top_k, score=None):
-    return {
-        rule: e["step"]
-        for rule, e in select_checkpoints(evaluations(bc_loss, score), top_k).items()
-    }
+    """rule -> the step that it selects"""
+    selected = select_checkpoints(evaluations(bc_loss, score), top_k)
+    return {rule: e["step"] for rule, e in selected.items()}
 
 
 def error_of(call, *args) -> str:
@@ -44,12 +44,11 @@ def error_of(call, *args) -> str:
     return message
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Selection
+# ---- Selection -----------------------------------------------------------------------------------
 
 
 def test_the_four_rules_on_evaluations_worked_out_by_hand():
-    # In ascending order of BC loss the evaluations are 2, 4, 0, 1, 3; so argsort(bc) == 1 holds at place 3.
+    # In order of BC loss the evaluations are 2, 4, 0, 1, 3: argsort(bc) == 1 holds at place 3.
     bc_loss, score = [0.3, 0.4, 0.1, 0.5, 0.2], [10.0, 70.0, 20.0, 5.0, 30.0]
     assert steps(bc_loss, 0, score) == {"last": 4, "best": 1, "offline": 2, "offline_released": 2}
     assert steps(bc_loss, 1, score) == {"last": 4, "best": 1, "offline": 4, "offline_released": 3}
@@ -69,14 +68,14 @@ def test_the_first_of_equally_good_evaluations_is_the_best():
     assert steps([0.3, 0.2, 0.1], 0, score=[0.0, 5.0, 5.0])["best"] == 1
 
 
-def test_with_fewer_evaluations_than_the_rank_the_largest_bc_loss_counts():
+def test_few_evaluations_select_the_largest_bc_loss():
+    """Fewer than the rank asks for."""
     assert steps([0.2], 2) == {"last": 0, "best": 0, "offline": 0, "offline_released": 0}
     assert steps([0.1, 0.2], 2) == {"last": 1, "best": 1, "offline": 1, "offline_released": 1}
     assert steps([0.2, 0.1], 2)["offline"] == 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
+# ---- Files ---------------------------------------------------------------------------------------
 
 
 def test_tensors_come_back_as_they_were(tmp_path):
@@ -112,14 +111,14 @@ def full_disk_as_the_library_says_it(tensors, path, metadata):
     raise SafetensorError("Error while serializing: IoError(Os { code: 28, kind: StorageFull })")
 
 
-@pytest.mark.parametrize(
-    "owner, name, fails",
-    [
-        (folder, "save_file", full_disk),
-        (folder, "save_file", full_disk_as_the_library_says_it),
-        (os, "replace", full_disk),
-    ],
-)
+FULL_DISKS = [
+    (folder, "save_file", full_disk),
+    (folder, "save_file", full_disk_as_the_library_says_it),
+    (os, "replace", full_disk),
+]
+
+
+@pytest.mark.parametrize("owner, name, fails", FULL_DISKS)
 def test_a_full_disk_leaves_the_file_that_was_there(tmp_path, monkeypatch, owner, name, fails):
     path = tmp_path / "a.safetensors"
     save_tensors(path, {"x": torch.ones(3)})
@@ -140,11 +139,10 @@ def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert load_json(path) == {"x": 1} and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"\x10" * 100, b"\xff" * 9, None],
-    ids=["empty", "garbage", "huge header", "cut"],
-)
+BROKEN = {"empty": b"", "garbage": b"\x10" * 100, "huge header": b"\xff" * 9, "cut": None}
+
+
+@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
 def test_a_broken_checkpoint_is_named(tmp_path, content):
     path = tmp_path / "a.safetensors"
     save_tensors(path, {"x": torch.ones(1000)})
@@ -163,8 +161,7 @@ def test_a_missing_checkpoint_or_folder_is_named(tmp_path):
     error_of(RunFolder(tmp_path / "file").config)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The folder
+# ---- The folder ----------------------------------------------------------------------------------
 
 
 def test_runs_of_one_name_get_folders_of_their_own(tmp_path):
@@ -193,33 +190,26 @@ def run(tmp_path):
 def test_the_log_is_one_json_object_a_line(run):
     lines = (run.path / "log.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == run.records
-    assert run.records[2] == {
-        "kind": "evaluation",
-        "step": 10,
-        "score": 50.0,
-        "bc_loss": 0.75,
-        "data": "D",
-    }
+    evaluation = {"kind": "evaluation", "step": 10, "score": 50.0, "bc_loss": 0.75, "data": "D"}
+    assert run.records[2] == evaluation
     assert run.evaluations() == [run.records[2]]
 
 
 def test_rewinding_drops_what_will_be_made_again(run):
     again = RunFolder(run.path)
     again.rewind_log(10)
-    assert [(r["kind"], r["step"]) for r in again.records] == [
-        ("epoch", 5),
-        ("epoch", 10),
-        ("evaluation", 10),
-    ]
+    left = [(r["kind"], r["step"]) for r in again.records]
+    assert left == [("epoch", 5), ("epoch", 10), ("evaluation", 10)]
     again.log("epoch", 15, bc_loss=1.0)
     last = RunFolder(run.path)
     last.rewind_log(100)
     assert last.records == again.records and last.records[-1]["bc_loss"] == 1.0
 
 
-@pytest.mark.parametrize(
-    "half", ['{"kind": "epoch", "st', '{"kind": "epoch", "step": 20}', '{"ki\n{"kind"', "\x00\x00"]
-)
+HALF_LINES = ['{"kind": "epoch", "st', '{"kind": "epoch", "step": 20}', '{"ki\n{"kind"', "\x00\x00"]
+
+
+@pytest.mark.parametrize("half", HALF_LINES)
 def test_a_line_cut_short_by_a_kill_is_dropped(run, half):
     with open(run.path / "log.jsonl", "a") as file:
         file.write(half)
@@ -231,7 +221,7 @@ def test_a_line_cut_short_by_a_kill_is_dropped(run, half):
     assert [json.loads(line)["step"] for line in lines] == [5, 10, 10, 15, 20]
 
 
-def test_a_run_killed_before_its_first_record_has_no_log_to_rewind(tmp_path):
+def test_a_run_killed_before_its_first_record_has_no_log(tmp_path):
     run = RunFolder.create(str(tmp_path), "run", {})
     run.rewind_log(0)
     assert run.records == []
@@ -246,22 +236,19 @@ def test_a_log_that_cannot_be_written_is_an_error_in_one_line(run):
 def test_selection_names_each_rules_checkpoint_and_data(run):
     selection = run.select(top_k=1)
     assert selection == load_json(run.path / "selection.json")
-    expected = {
-        "checkpoint": "checkpoints/step_00000010.safetensors",
-        "step": 10,
-        "score": 50.0,
-        "data": "D",
-    }
+    expected = {"checkpoint": "checkpoints/step_00000010.safetensors", "step": 10}
+    expected |= {"score": 50.0, "data": "D"}
     assert selection == {rule: expected for rule in ("last", "best", "offline", "offline_released")}
 
 
-def test_the_curve_is_a_picture_of_both_losses_and_scores(run):
+def test_the_curve_is_drawn_to_a_whole_file(run):
     run.draw_curve("title")
     assert (run.path / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert not list(run.path.glob(".*"))
 
 
-def test_a_run_says_of_which_commit_it_is_and_nothing_where_git_is_missing(monkeypatch):
+def test_a_run_says_of_which_commit_it_is(monkeypatch):
+    """Nothing where git is missing."""
     assert provenance.describe()["commit"] == provenance.commit()
     monkeypatch.setenv("PATH", "")
     assert provenance.commit() == ""

@@ -1,4 +1,4 @@
-"""The local generator: what its files say, that they are reproducible, and that the ant in them walks."""
+"""Generated antmaze data: the planner, the walker, what files hold, and one seed, one file."""
 
 import dataclasses
 
@@ -20,6 +20,10 @@ def small(name="antmaze-umaze-v0", limit=150):
     return dataclasses.replace(tasks.get(name), episode_limit=limit)
 
 
+def quiet(line):
+    pass
+
+
 @pytest.fixture(scope="module")
 def data():
     return simulate(small(limit=350), 20 * 350, seed=1, recipe=Recipe())
@@ -32,10 +36,10 @@ def test_next_cells_lead_to_every_target_through_free_cells(maze):
         for cell in planner.free:
             steps = 0
             while cell != target:
-                row_step, col_step = np.subtract(np.divmod(planner.next_cell[target, cell], planner.shape[1]),
-                                                 np.divmod(cell, planner.shape[1]))  # fmt: skip
-                assert abs(row_step) + abs(col_step) == 1
-                cell, steps = planner.next_cell[target, cell], steps + 1
+                following = planner.next_cell[target, cell]
+                places = [np.divmod(c, planner.shape[1]) for c in (cell, following)]
+                assert np.abs(np.subtract(*places)).sum() == 1  # a neighbour
+                cell, steps = following, steps + 1
                 assert cell in planner.free and steps < len(planner.free)
 
 
@@ -62,40 +66,36 @@ def test_the_walker_reaches_most_umaze_goals_without_noise():
         for _ in range(300):
             xy = ants.qpos[:, :2]
             step = planner.next_cell[planner.goal_cell, planner.cell(xy)]
-            heading = (
-                np.where((step == planner.goal_cell)[:, None], goals, planner.centers[step]) - xy
-            )
-            actions = walk(
-                ants.qpos, ants.qvel, heading / np.linalg.norm(heading, axis=1, keepdims=True)
-            )
+            at_goal = (step == planner.goal_cell)[:, None]
+            heading = np.where(at_goal, goals, planner.centers[step]) - xy
+            heading /= np.linalg.norm(heading, axis=1, keepdims=True)
+            actions = walk(ants.qpos, ants.qvel, heading)
             assert actions.shape == (n, 8) and np.abs(actions).max() <= 1
             ants.step(actions)
             reached |= np.linalg.norm(ants.qpos[:, :2] - goals, axis=1) <= GOAL_RADIUS
     assert reached.mean() >= 0.75
 
 
-def test_the_walker_does_the_same_whichever_way_the_world_is_turned():
+def test_the_walker_does_the_same_in_a_rotated_world():
     rng, n, angle = np.random.default_rng(0), 5, 0.7
     qpos, qvel, direction = (rng.standard_normal((n, width)) for width in (15, 14, 2))
     qpos[:, 3:7] /= np.linalg.norm(qpos[:, 3:7], axis=1, keepdims=True)
-    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-    turned_qpos, turned_qvel = qpos.copy(), qvel.copy()
+    rotation = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    rotated_qpos, rotated_qvel = qpos.copy(), qvel.copy()
     c, s = np.cos(angle / 2), np.sin(angle / 2)
     w, x, y, z = qpos[:, 3:7].T
-    turned_qpos[:, 3:7] = np.stack(
-        [c * w - s * z, c * x - s * y, c * y + s * x, c * z + s * w], axis=1
-    )
-    turned_qvel[:, :2] = qvel[:, :2] @ turn
-    turned = walk(turned_qpos, turned_qvel, direction @ turn)
-    np.testing.assert_allclose(turned, walk(qpos, qvel, direction), atol=1e-12)
+    quaternion = (c * w - s * z, c * x - s * y, c * y + s * x, c * z + s * w)
+    rotated_qpos[:, 3:7] = np.stack(quaternion, axis=1)
+    rotated_qvel[:, :2] = qvel[:, :2] @ rotation
+    rotated = walk(rotated_qpos, rotated_qvel, direction @ rotation)
+    np.testing.assert_allclose(rotated, walk(qpos, qvel, direction), atol=1e-12)
 
 
 def test_reward_says_the_next_state_is_at_the_goal(data):
     inside = ~data["timeouts"][:-1]
     distance = np.linalg.norm(data["observations"][1:, :2] - data["infos/goal"][:-1], axis=1)
-    np.testing.assert_array_equal(
-        (distance <= GOAL_RADIUS)[inside], data["rewards"][:-1][inside] == 1
-    )
+    paid = data["rewards"][:-1] == 1
+    np.testing.assert_array_equal((distance <= GOAL_RADIUS)[inside], paid[inside])
     np.testing.assert_array_equal(data["rewards"], data["terminals"])
 
 
@@ -103,42 +103,38 @@ def test_trajectories_are_whole_and_no_longer_than_the_limit(data):
     ends = np.flatnonzero(data["timeouts"])
     assert ends[-1] == len(data["timeouts"]) - 1
     assert np.diff(np.concatenate([[-1], ends])).max() <= 350
+    inside = ~data["timeouts"][:-1]
     moved = np.linalg.norm(np.diff(data["observations"][:, :2], axis=0), axis=1)
-    assert (
-        moved[~data["timeouts"][:-1]].max() < 1.5
-    )  # metres in 0.1 s: nobody jumps within a trajectory
-    assert (np.diff(data["infos/goal"], axis=0) == 0).all(axis=1)[~data["timeouts"][:-1]].all()
+    assert moved[inside].max() < 1.5  # metres in 0.1 s: nobody jumps within a trajectory
+    assert (np.diff(data["infos/goal"], axis=0) == 0).all(axis=1)[inside].all()
 
 
 def test_trajectories_go_on_after_the_goal_and_leave_it(data):
     assert (data["terminals"] & ~data["timeouts"]).any()
-    assert (
-        0.003 < data["terminals"].mean() < 0.05
-    )  # few trajectories, so wide; hovering ants would make it 0.15
+    # Few trajectories, so the bounds are wide; hovering ants would make it 0.15.
+    assert 0.003 < data["terminals"].mean() < 0.05
 
 
 def test_umaze_starts_at_the_robots_cell_and_diverse_anywhere(data):
     def starts(arrays):
-        return arrays["observations"][
-            np.concatenate([[0], np.flatnonzero(arrays["timeouts"])[:-1] + 1]), :2
-        ]
+        rows = np.concatenate([[0], np.flatnonzero(arrays["timeouts"])[:-1] + 1])
+        return arrays["observations"][rows, :2]
 
     assert np.abs(starts(data)).max() <= 0.1
-    diverse = simulate(
-        small("antmaze-umaze-diverse-v0", limit=30), 40 * 30, seed=0, recipe=Recipe()
-    )
+    task = small("antmaze-umaze-diverse-v0", limit=30)
+    diverse = simulate(task, 40 * 30, seed=0, recipe=Recipe())
     assert len(np.unique(np.rint(starts(diverse) / 4), axis=0)) >= 5
 
 
-def test_actions_are_within_the_box_and_noisy(data):
+def test_actions_are_within_the_box_and_all_is_finite(data):
     assert np.abs(data["actions"]).max() <= 1
     assert np.isfinite(data["observations"]).all()
 
 
-def test_the_same_seed_gives_the_same_data_on_any_number_of_threads():
-    runs = [(3, 1), (3, 2), (4, 2)]
+def test_the_same_seed_gives_the_same_data_on_any_threads():
     one, two, other = (
-        simulate(small(limit=60), 1200, seed, Recipe(), threads) for seed, threads in runs
+        simulate(small(limit=60), 1200, seed, Recipe(), threads)
+        for seed, threads in ((3, 1), (3, 2), (4, 2))
     )
     for key in one:
         np.testing.assert_array_equal(one[key], two[key], err_msg=key)
@@ -148,16 +144,21 @@ def test_the_same_seed_gives_the_same_data_on_any_number_of_threads():
 def test_file_has_d4rls_keys_shapes_and_types(tmp_path):
     lines = []
     generate(small(), tmp_path / "data.hdf5", n_transitions=1001, seed=5, log=lines.append)
-    widths = {"observations": (29,), "actions": (8,), "rewards": (), "terminals": (), "timeouts": (),
-              "infos/goal": (2,), "infos/qpos": (15,), "infos/qvel": (14,)}  # fmt: skip
+    widths = {
+        "observations": (29,),
+        "actions": (8,),
+        "rewards": (),
+        "terminals": (),
+        "timeouts": (),
+    }
+    widths |= {"infos/goal": (2,), "infos/qpos": (15,), "infos/qvel": (14,)}
     with h5py.File(tmp_path / "data.hdf5") as file:
         for key, width in widths.items():
             assert file[key].shape == (1001, *width)
             assert file[key].dtype == (bool if key in ("terminals", "timeouts") else np.float32)
         np.testing.assert_array_equal(file["observations"][:, 15:], file["infos/qvel"][:])
-        assert (
-            file.attrs["seed"] == 5 and file.attrs["transitions"] == 1001 and "wander" in file.attrs
-        )
+        assert file.attrs["seed"] == 5 and file.attrs["transitions"] == 1001
+        assert "wander" in file.attrs
     assert "success" in lines[-1] and "terminal_share" in lines[-1]
 
 
@@ -183,7 +184,7 @@ def test_an_interrupted_generation_leaves_nothing(tmp_path, monkeypatch, where):
 
     monkeypatch.setattr(antmaze_data, where, interrupt)
     with pytest.raises(KeyboardInterrupt):
-        generate(small(), tmp_path / "data.hdf5", n_transitions=200, log=lambda line: None)
+        generate(small(), tmp_path / "data.hdf5", n_transitions=200, log=quiet)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -193,11 +194,11 @@ def test_a_disk_that_fills_up_leaves_nothing_and_says_so(tmp_path, monkeypatch):
 
     monkeypatch.setattr(generator.os, "replace", full)
     with pytest.raises(TaskError, match="No space left"):
-        generate(small(), tmp_path / "data.hdf5", n_transitions=200, log=lambda line: None)
+        generate(small(), tmp_path / "data.hdf5", n_transitions=200, log=quiet)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_made_is_noticed_before_the_work(tmp_path, monkeypatch):
+def test_an_unusable_folder_is_noticed_before_the_work(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(antmaze_data, "simulate", lambda *_: pytest.fail("simulated first"))
     with pytest.raises(TaskError, match="cannot write"):
@@ -214,9 +215,8 @@ def test_the_cache_is_reused_and_a_broken_file_made_again(tmp_path, monkeypatch)
     lines = []
     path = cached(small(), n_transitions=300, seed=2, log=lines.append)
     whole = path.read_bytes()
-    assert (
-        path.parent == tmp_path / "diffusion-ql" and "umaze" in path.name and "seed2" in path.name
-    )
+    assert path.parent == tmp_path / "diffusion-ql"
+    assert "umaze" in path.name and "seed2" in path.name
     assert cached(small(), n_transitions=300, seed=2, log=lines.append) == path
     assert "generated earlier" in lines[-1]
     path.write_bytes(whole[: len(whole) // 2])

@@ -1,4 +1,6 @@
-"""Generated locomotion data and the search behind it: D4RL's layout, honest rewards, better policies higher up the ladder."""
+"""Generated locomotion data and the search behind it: D4RL's layout, true rewards, and better data
+from better policies.
+"""
 
 import dataclasses
 import json
@@ -28,40 +30,35 @@ def data():
 
 
 @pytest.mark.parametrize("body", BODIES)
-def test_the_ladder_rises_to_a_policy_worth_the_name(body):
+def test_the_policies_rise_to_a_good_one(body):
     ladder, task = load_ladder(body), tasks.get(f"{body}-medium-v2")
-    assert ladder.weights.shape[1:] == (task.action_dim, task.state_dim) and ladder.bias.shape[
-        1:
-    ] == (task.action_dim,)
+    assert ladder.weights.shape[1:] == (task.action_dim, task.state_dim)
+    assert ladder.bias.shape[1:] == (task.action_dim,)
     assert (np.diff(ladder.returns) > 0).all() and len(ladder.returns) >= 5
     assert task.normalized_score(ladder.returns[-1]) > 20
 
 
 @pytest.mark.parametrize("body", BODIES)
-def test_the_ladders_returns_are_those_that_its_policies_earn(body):
-    """The best policy again, from other starts, for a fifth of an episode: it earns a fifth of its return, give or take a third."""
+def test_the_best_policy_earns_what_its_file_says(body):
+    """In a fifth of an episode, from other starts, a fifth of its return, give or take a third."""
     weights, bias, returns, _ = load_ladder(body)
     task = dataclasses.replace(tasks.get(f"{body}-medium-v2"), episode_limit=200)
-    episodes = task.evaluate(
-        lambda states: (states @ weights[-1].T + bias[-1]).clip(-1, 1), 4, seed=7
-    )
+    best = lambda states: (states @ weights[-1].T + bias[-1]).clip(-1, 1)  # noqa: E731
+    episodes = task.evaluate(best, 4, seed=7)
     assert np.mean(episodes.returns) == pytest.approx(returns[-1] / 5, rel=1 / 3)
 
 
-def test_medium_is_half_as_good_as_the_best_under_its_noise_and_replay_goes_up_to_it():
-    ladder = Ladder(
-        None,
-        None,
-        np.array([10.0, 40.0, 55.0, 80.0, 100.0]),
-        np.array([5.0, 20.0, 30.0, 45.0, 90.0]),
-    )
+def test_medium_is_the_policy_half_as_good_as_the_best():
+    """Under its noise. Replay goes up to it, expert is the best."""
+    returns, noisy_returns = [10.0, 40.0, 55.0, 80.0, 100.0], [5.0, 20.0, 30.0, 45.0, 90.0]
+    ladder = Ladder(None, None, np.array(returns), np.array(noisy_returns))
     assert rungs("medium", ladder).tolist() == [3]
     assert rungs("medium-replay", ladder).tolist() == [0, 1, 2, 3]
     assert rungs("medium-expert", ladder).tolist() == [3, 4]
 
 
 @pytest.mark.parametrize("body", BODIES)
-def test_medium_data_earn_about_half_of_what_the_best_policy_does(body):
+def test_medium_data_earn_about_half_of_the_best(body):
     data = simulate(tasks.get(f"{body}-medium-v2"), 12_000, 0, Recipe())
     assert 0.3 < statistics(data)["mean_return"] / load_ladder(body).returns[-1] < 0.75
 
@@ -69,32 +66,30 @@ def test_medium_data_earn_about_half_of_what_the_best_policy_does(body):
 def test_half_the_rows_of_medium_expert_are_the_experts():
     task = dataclasses.replace(tasks.get("walker2d-medium-expert-v2"), episode_limit=100)
     ladder, data = load_ladder("walker2d"), simulate(task, 40 * 100, 0, Recipe())
-    by_rung = [
-        np.einsum("as,ns->na", ladder.weights[k], data["observations"]) + ladder.bias[k]
-        for k in rungs("medium-expert", ladder)
-    ]
-    off = np.array(
-        [np.abs(actions.clip(-1, 1) - data["actions"]).mean(axis=1) for actions in by_rung]
-    )
-    assert (off.argmin(axis=0) == 1).mean() == pytest.approx(0.5, abs=0.05)
+    off = []
+    for k in rungs("medium-expert", ladder):
+        actions = data["observations"] @ ladder.weights[k].T + ladder.bias[k]
+        off.append(np.abs(actions.clip(-1, 1) - data["actions"]).mean(axis=1))
+    nearest = np.argmin(off, axis=0)
+    assert (nearest == 1).mean() == pytest.approx(0.5, abs=0.05)
 
 
 def test_rows_are_transitions_of_the_tasks_own_environment(data):
-    """Put back into a recorded state, the recorded action earns the recorded reward and leads to the next row's state."""
+    """From a recorded state, the recorded action earns its reward and leads to the next state."""
     inside = np.flatnonzero(~data["terminals"] & ~data["timeouts"])[::97]
     with small().world(len(inside), 1) as world:
         who, rng = np.arange(len(inside)), np.random.default_rng(0)
         world.place(who, data["infos/qpos"][inside], data["infos/qvel"][inside], rng)
         np.testing.assert_allclose(world.observations, data["observations"][inside], atol=1e-5)
         rewards, over = world.step(who, data["actions"][inside], rng)
-        np.testing.assert_allclose(
-            rewards, data["rewards"][inside], atol=2e-3
-        )  # the state was rounded to float32
+        # The state was rounded to float32.
+        np.testing.assert_allclose(rewards, data["rewards"][inside], atol=2e-3)
         assert not over.any()
         np.testing.assert_allclose(world.observations, data["observations"][inside + 1], atol=5e-3)
 
 
-def test_trajectories_end_by_falling_or_by_the_limit_and_never_by_both(data):
+def test_trajectories_end_by_falling_or_by_the_limit(data):
+    """Never by both."""
     assert not (data["terminals"] & data["timeouts"]).any()
     assert data["terminals"].any() and data["timeouts"].any()
     ends = np.flatnonzero(data["terminals"] | data["timeouts"])
@@ -105,13 +100,10 @@ def test_trajectories_end_by_falling_or_by_the_limit_and_never_by_both(data):
 
 
 def test_better_data_have_better_returns():
-    qualities = [
-        small(f"hopper-{quality}-v2", limit=300)
-        for quality in ("medium-replay", "medium", "medium-expert")
-    ]
-    returns = [
-        statistics(simulate(task, 30 * 300, 0, Recipe()))["mean_return"] for task in qualities
-    ]
+    returns = []
+    for quality in ("medium-replay", "medium", "medium-expert"):
+        data = simulate(small(f"hopper-{quality}-v2", limit=300), 30 * 300, 0, Recipe())
+        returns.append(statistics(data)["mean_return"])
     assert returns[0] < returns[1] < returns[2]
 
 
@@ -123,7 +115,7 @@ def test_actions_are_within_the_box_and_noisy(data):
     assert 0.01 < off.mean() < 0.1
 
 
-def test_the_same_seed_gives_the_same_data_on_any_number_of_threads():
+def test_the_same_seed_gives_the_same_data_on_any_threads():
     one, two, other = (
         simulate(small(), 800, seed, Recipe(), threads)
         for seed, threads in ((3, 1), (3, 2), (4, 1))
@@ -133,54 +125,38 @@ def test_the_same_seed_gives_the_same_data_on_any_number_of_threads():
     assert not np.array_equal(one["actions"], other["actions"])
 
 
-def test_a_file_has_d4rls_keys_and_is_read_and_labelled_as_generated(tmp_path, monkeypatch):
+def test_a_file_has_d4rls_keys_and_reads_as_generated(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     task = small("halfcheetah-medium-v2", limit=50)
     path = cached(task, n_transitions=500, seed=2, **QUIET)
+    widths = {
+        "observations": (17,),
+        "actions": (6,),
+        "rewards": (),
+        "terminals": (),
+        "timeouts": (),
+    }
+    widths |= {"infos/qpos": (9,), "infos/qvel": (9,)}
     with h5py.File(path) as file:
-        keys = (
-            "observations",
-            "actions",
-            "rewards",
-            "terminals",
-            "timeouts",
-            "infos/qpos",
-            "infos/qvel",
-        )
-        shapes = {key: file[key].shape for key in keys}
-        assert list(shapes.values()) == [
-            (500, 17),
-            (500, 6),
-            (500,),
-            (500,),
-            (500,),
-            (500, 9),
-            (500, 9),
-        ]
-        assert file.attrs["seed"] == 2 and file.attrs["mean_return"] == pytest.approx(
-            statistics_of(file)
-        )
+        for key, width in widths.items():
+            assert file[key].shape == (500, *width)
+        columns = {key: file[key][()] for key in ("rewards", "terminals", "timeouts")}
+        assert file.attrs["seed"] == 2
+        assert file.attrs["mean_return"] == pytest.approx(statistics(columns)["mean_return"])
     dataset = load(task, "generated", seed=2, n_generated=500, **QUIET)
     assert dataset.source == "generated" and "not D4RL's data" in dataset.label
     assert len(dataset) == 490  # the last step of each of ten trajectories has no successor
 
 
-def statistics_of(file) -> float:
-    return statistics({key: file[key][()] for key in ("rewards", "terminals", "timeouts")})[
-        "mean_return"
-    ]
-
-
 def test_a_task_without_a_generator_says_what_to_do(tmp_path):
-    with pytest.raises(
-        tasks.TaskError, match="no generated data for pen-human-v1.*--data PATH"
-    ) as error:
+    why = "no generated data for pen-human-v1.*--data PATH"
+    with pytest.raises(tasks.TaskError, match=why) as error:
         generate(tasks.get("pen-human-v1"), tmp_path / "data.hdf5", n_transitions=100)
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
 def test_a_short_search_climbs_and_keeps_policies_that_rise(tmp_path, monkeypatch):
-    """Two seconds of a smaller search; then what is kept, which acts on plain observations, is measured again, to the same returns."""
+    """Two seconds of a smaller search; what is kept is then measured again, to the same returns."""
     monkeypatch.setitem(search.SETTINGS, "hopper", search.Settings(8, 4, 0.05, 0.05, limit=100))
     monkeypatch.setattr(search, "EPISODES", 4)
     monkeypatch.setattr(search, "POLICIES", tmp_path)
@@ -197,10 +173,8 @@ def test_a_short_search_climbs_and_keeps_policies_that_rise(tmp_path, monkeypatc
 
 
 def test_a_running_mean_is_that_of_all_states():
-    normaliser, states = (
-        search.Normaliser(3),
-        np.random.default_rng(0).normal([1, -5, 1e3], [1, 0.1, 50], (1000, 3)),
-    )
+    normaliser = search.Normaliser(3)
+    states = np.random.default_rng(0).normal([1, -5, 1e3], [1, 0.1, 50], (1000, 3))
     for piece in np.split(states, [3, 400, 990]):
         normaliser.see(piece)
     np.testing.assert_allclose(normaliser.mean, states.mean(axis=0))

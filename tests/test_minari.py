@@ -2,13 +2,13 @@
 
 import sys
 import warnings
-from dataclasses import dataclass
 
 import h5py
 import numpy as np
 import pytest
 from gymnasium import spaces
 
+import tasks
 from tasks import datasets
 from tasks.task import TaskError
 
@@ -16,14 +16,7 @@ minari = pytest.importorskip("minari")
 EpisodeBuffer = pytest.importorskip("minari.data_collector").EpisodeBuffer
 
 
-@dataclass(frozen=True)
-class Task:
-    name: str = "hopper-medium-v2"
-    family: str = "locomotion"
-    state_dim: int = 11
-    action_dim: int = 3
-
-
+TASK = tasks.get("hopper-medium-v2")
 NAME = "tests/hopper-v0"
 BOX = spaces.Box(-np.inf, np.inf, (11,), np.float64)
 ACTIONS = spaces.Box(-1.0, 1.0, (3,), np.float32)
@@ -58,16 +51,15 @@ EPISODES = [
 
 
 def create(episodes, observation_space=BOX, action_space=ACTIONS, name=NAME):
-    with warnings.catch_warnings():  # about authors and descriptions
-        warnings.simplefilter("ignore")
-        minari.create_dataset_from_buffers(
-            name, episodes, observation_space=observation_space, action_space=action_space
-        )
+    where = dict(observation_space=observation_space, action_space=action_space)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about authors and descriptions
+        minari.create_dataset_from_buffers(name, episodes, **where)
 
 
 def load(source=f"minari:{NAME}", **options):
     lines = []
-    return datasets.load(Task(), source, log=lines.append, **options), lines
+    return datasets.load(TASK, source, log=lines.append, **options), lines
 
 
 def error_of(source=f"minari:{NAME}", **options) -> str:
@@ -77,7 +69,8 @@ def error_of(source=f"minari:{NAME}", **options) -> str:
     return str(caught.value)
 
 
-def test_every_step_is_a_transition_and_only_terminations_are_terminal():
+def test_every_step_is_a_transition():
+    """And only terminations are terminal."""
     create(EPISODES)
     data, _ = load()
     for column, expected in {
@@ -87,9 +80,8 @@ def test_every_step_is_a_transition_and_only_terminations_are_terminal():
         "rewards": [e.rewards for e in EPISODES],
     }.items():
         read = getattr(data, column)
-        np.testing.assert_array_equal(
-            read, np.concatenate(expected).astype(np.float32), err_msg=column
-        )
+        expected = np.concatenate(expected).astype(np.float32)
+        np.testing.assert_array_equal(read, expected, err_msg=column)
         assert read.dtype == np.float32, column
     assert data.terminals.dtype == bool
     assert np.flatnonzero(data.terminals).tolist() == [4, 16]
@@ -102,7 +94,8 @@ def test_the_label_says_that_scores_are_not_d4rls():
     assert lines == [f"data: {data.reason}"] and NAME in data.reason
 
 
-def test_a_missing_data_set_is_named_with_its_download_and_the_local_ones():
+def test_a_missing_data_set_is_named_with_its_download():
+    """And with those that are there."""
     assert "minari download mujoco/hopper/medium-v0" in error_of("minari:mujoco/hopper/medium-v0")
     create(EPISODES)
     message = error_of("minari:mujoco/hopper/medium-v0")
@@ -110,24 +103,21 @@ def test_a_missing_data_set_is_named_with_its_download_and_the_local_ones():
 
 
 @pytest.mark.parametrize("name", ["", "no name of Minari's", "../elsewhere-v0"])
-def test_a_name_that_is_none_is_an_error_and_nothing_else(folder, name):
+def test_an_impossible_name_is_an_error_in_one_line(folder, name):
     (folder / "not a data set" / "data").mkdir(parents=True)
     assert "there is no local Minari data set" in error_of(f"minari:{name}")
 
 
-def test_without_the_package_the_command_that_installs_it_is_named(monkeypatch):
+def test_without_the_package_a_line_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "minari", None)
     assert "takes the package minari: pip install -r requirements.txt" in error_of()
 
 
 SIZES = {"observation": 7, "achieved_goal": 2, "desired_goal": 2}
 GOALS = spaces.Dict({part: spaces.Box(-1, 1, (size,)) for part, size in SIZES.items()})
+DICT = "observations in a Dict space of achieved_goal, desired_goal, observation"
 SPACES = {
-    "goals": (
-        GOALS,
-        ACTIONS,
-        ["observations in a Dict space of achieved_goal, desired_goal, observation", "11 numbers"],
-    ),
+    "goals": (GOALS, ACTIONS, [DICT, "11 numbers"]),
     "discrete actions": (BOX, spaces.Discrete(3), ["actions in a Discrete space", "3 numbers"]),
     "another size": (spaces.Box(-1, 1, (17,)), ACTIONS, ["observations of shape (17,)", "(11,)"]),
     "other actions": (BOX, spaces.Box(-1, 1, (6,)), ["actions of shape (6,)", "(3,)"]),
@@ -135,9 +125,7 @@ SPACES = {
 
 
 @pytest.mark.parametrize("observation_space, action_space, words", SPACES.values(), ids=SPACES)
-def test_other_observations_and_actions_than_the_tasks_are_refused(
-    observation_space, action_space, words
-):
+def test_other_spaces_than_the_tasks_are_refused(observation_space, action_space, words):
     def many(space, n):
         if isinstance(space, spaces.Dict):
             return {key: many(part, n) for key, part in space.items()}
@@ -158,7 +146,8 @@ def test_other_observations_and_actions_than_the_tasks_are_refused(
         assert word in message
 
 
-def test_values_that_are_not_finite_and_actions_outside_the_box_are_named_with_their_episode():
+def test_a_bad_value_is_named_with_its_episode_and_row():
+    """Not finite, or an action outside the box."""
     bad = [episode(0, 4), episode(1, 4)]
     bad[1].observations[3, 2] = np.nan
     create(bad)
@@ -166,9 +155,8 @@ def test_values_that_are_not_finite_and_actions_outside_the_box_are_named_with_t
     bad = [episode(0, 4), episode(1, 4)]
     bad[1].actions[2, 1] = 1.5
     create(bad, action_space=spaces.Box(-2.0, 2.0, (3,), np.float32), name="tests/wide-v0")
-    assert "episode 1: actions has 1.5 in row 2, outside [-1, 1]" in error_of(
-        "minari:tests/wide-v0"
-    )
+    message = error_of("minari:tests/wide-v0")
+    assert "episode 1: actions has 1.5 in row 2, outside [-1, 1]" in message
 
 
 def edit(folder, change):

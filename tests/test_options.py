@@ -44,6 +44,12 @@ PAPER = """
     kitchen-mixed-v0               0.005 no   none       1000 10  0  3e-4
 """
 PAPER = {row.split()[0]: row.split()[1:] for row in PAPER.strip().splitlines()}
+# In the paper and the released code.
+SAME_FOR_ALL = {
+    "critic_lr": 3e-4, "discount": 0.99, "tau": 0.005, "batch_size": 256, "n_timesteps": 5,
+    "schedule": "vp", "hidden_dim": 256, "n_candidates": 50, "ema_decay": 0.995, "ema_start": 1000,
+    "ema_every": 5, "lr_decay": "none", "updates_per_epoch": 1000, "eval_every": 50,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("env", PAPER)
@@ -55,38 +61,20 @@ def test_a_task_has_the_papers_recipe(env):
     assert (config.max_q_backup, config.reward_tune) == (max_q == "yes", reward_tune)
     assert (config.epochs, config.top_k) == (int(epochs), int(top_k))
     assert config.eval_episodes == (10 if env.endswith("v2") else 100)
-    # The same for every task in the paper and the released code.
-    assert (config.critic_lr, config.discount, config.tau, config.batch_size) == (
-        3e-4,
-        0.99,
-        0.005,
-        256,
-    )
-    assert (config.n_timesteps, config.schedule, config.hidden_dim, config.n_candidates) == (
-        5,
-        "vp",
-        256,
-        50,
-    )
-    assert (config.ema_decay, config.ema_start, config.ema_every, config.lr_decay) == (
-        0.995,
-        1000,
-        5,
-        "none",
-    )
-    assert (config.updates_per_epoch, config.eval_every) == (1000, 50)
+    assert SAME_FOR_ALL.items() <= dataclasses.asdict(config).items()
 
 
 def test_every_task_has_a_recipe():
-    assert set(tasks.names()) == set(PAPER) == set(dql.RECIPES)
+    assert sorted(tasks.names()) == sorted(PAPER) == sorted(dql.RECIPES)
 
 
 OVERRIDES = {
-    "algo": "bc", "data": "/x.hdf5", "n_generated": 500, "seed": 7, "out": "elsewhere", "device": "cpu", "threads": 1, "epochs": 3,
-    "updates_per_epoch": 10, "eval_every": 2, "eval_episodes": 5, "batch_size": 32, "n_timesteps": 10,
-    "schedule": "cosine", "hidden_dim": 64, "eta": 0.25, "reward_tune": "normalize", "lr": 1e-4, "critic_lr": 2e-4,
-    "lr_decay": "released", "grad_norm": 0.5, "discount": 0.9, "tau": 0.1, "ema_decay": 0.9, "ema_start": 0,
-    "ema_every": 1, "n_candidates": 3, "top_k": 0, "which": "best", "episodes": 4,
+    "algo": "bc", "data": "/x.hdf5", "n_generated": 500, "seed": 7, "out": "elsewhere",
+    "device": "cpu", "threads": 1, "epochs": 3, "updates_per_epoch": 10, "eval_every": 2,
+    "eval_episodes": 5, "batch_size": 32, "n_timesteps": 10, "schedule": "cosine",
+    "hidden_dim": 64, "eta": 0.25, "reward_tune": "normalize", "lr": 1e-4, "critic_lr": 2e-4,
+    "lr_decay": "released", "grad_norm": 0.5, "discount": 0.9, "tau": 0.1, "ema_decay": 0.9,
+    "ema_start": 0, "ema_every": 1, "n_candidates": 3, "top_k": 0, "which": "best", "episodes": 4,
     "backend": "eager", "precision": "tf32", "matmul_precision": "high",
 }  # fmt: skip
 
@@ -94,10 +82,8 @@ OVERRIDES = {
 @pytest.mark.parametrize("quick", [[], ["--quick"]], ids=["paper", "quick"])
 def test_any_field_can_be_set_over_any_recipe(quick):
     env = ["--env", "antmaze-large-play-v0", *quick]
-    flags = {"max_q_backup", "quick", "repair_data"}
-    assert OVERRIDES.keys() | flags | {"env", "seeds", "resume", "eval", "export", "render"} == {
-        f.name for f in dataclasses.fields(Options)
-    }
+    others = "max_q_backup quick repair_data env seeds resume eval export render".split()
+    assert OVERRIDES.keys() | set(others) == {f.name for f in dataclasses.fields(Options)}
     recipe = parsed(env)
     for field, value in OVERRIDES.items():
         config = parsed([*env, f"--{field.replace('_', '-')}", str(value)])
@@ -109,14 +95,12 @@ def test_any_field_can_be_set_over_any_recipe(quick):
 
 def comments():
     """Options' fields and what is said of each."""
-    found, said = {}, []
-    sources = (
-        Path(options.__file__)
-        .read_text()
-        .split("class RunOptions:")[1]
-        .split("def hyperparameters")[0]
-    )
-    sources += Path(dql.__file__).read_text().split("class Config:")[1].split("class Recipe")[0]
+    found, said, sources = {}, [], ""
+    for module, begin, end in (
+        (options, "class RunOptions:", "def hyperparameters"),
+        (dql, "class Config:", "class Recipe"),
+    ):
+        sources += Path(module.__file__).read_text().split(begin)[1].split(end)[0]
     for line in map(str.strip, sources.splitlines()):
         field = re.match(r"(\w+): [^#]*(?:#(.*))?", line)
         if line.startswith("#"):
@@ -131,27 +115,17 @@ def comments():
 def test_quick_changes_what_it_says_and_nothing_else(env):
     paper, quick = parsed(["--env", env]), parsed(["--env", env, "--quick"])
     changed = {k for k, v in dataclasses.asdict(quick).items() if v != getattr(paper, k)}
-    assert changed <= {
-        "quick", "epochs", "eval_every", "eval_episodes", "lr", "critic_lr", "lr_decay", "tau", "matmul_precision", "reward_tune",
-        "eta", "max_q_backup"
-    }  # fmt: skip
+    may = "quick epochs eval_every eval_episodes lr critic_lr lr_decay tau matmul_precision"
+    assert changed <= {*may.split(), "reward_tune", "eta", "max_q_backup"}
     assert (quick.lr, quick.critic_lr, quick.lr_decay, quick.tau) == (3e-3, 1e-3, "cosine", 0.02)
     assert quick.eval_episodes == min(paper.eval_episodes, 50)
-    maze = tasks.get(env).family == "antmaze"
-    assert (quick.reward_tune, quick.max_q_backup) == (
-        ("sparse", True) if maze else (paper.reward_tune, paper.max_q_backup)
-    )
+    expected = (paper.reward_tune, paper.max_q_backup)
+    if tasks.get(env).family == "antmaze":
+        expected = ("sparse", True)
+    assert (quick.reward_tune, quick.max_q_backup) == expected
     assert quick.eta == pytest.approx(0.1 * paper.eta)
-    said = comments()["quick"]
-    for words in (
-        f"{quick.epochs} epochs",
-        f"tau {quick.tau}",
-        "at most 50 episodes",
-        "3e-3",
-        "1e-3",
-        "0.1·η",
-        "mazes: max-Q, sparse",
-    ):
+    said, numbers = comments()["quick"], (f"{quick.epochs} epochs", f"tau {quick.tau}")
+    for words in (*numbers, "at most 50 episodes", "3e-3", "1e-3", "0.1·η", "mazes: max-Q, sparse"):
         assert words in said
 
 

@@ -1,4 +1,4 @@
-"""Runs of dql.py, as the experiments make them: what is trained, found again, resumed, refused."""
+"""experiments/runs.py: what is trained, found again, resumed and refused; and what uses it."""
 
 import json
 import signal
@@ -56,17 +56,17 @@ def test_interrupted_runs_are_resumed(d4rl_command):
     assert d4rl_command.table()["rows"][0]["seeds"] == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize(
-    "output, exit_code, expected",
-    [
-        ("error: no\nupdate 3\nerror: disk full\n", 1, "disk full"),
-        ("Traceback\nX: CUDA out of memory.\n 5%|\r 6%|", 1, "X: CUDA out of memory."),
-        ("Traceback (most recent call last):\nKeyError: 'x'\n", 1, "KeyError: 'x'"),
-        ("update 3", -9, "killed by signal 9 (out of memory?)"),
-        ("update 3", -15, "killed by signal 15"),
-        ("", 3, "exit status 3"),
-    ],
-)
+FAILURES = [
+    ("error: no\nupdate 3\nerror: disk full\n", 1, "disk full"),
+    ("Traceback\nX: CUDA out of memory.\n 5%|\r 6%|", 1, "X: CUDA out of memory."),
+    ("Traceback (most recent call last):\nKeyError: 'x'\n", 1, "KeyError: 'x'"),
+    ("update 3", -9, "killed by signal 9 (out of memory?)"),
+    ("update 3", -15, "killed by signal 15"),
+    ("", 3, "exit status 3"),
+]
+
+
+@pytest.mark.parametrize("output, exit_code, expected", FAILURES)
 def test_a_failure_has_a_reason_of_one_line(output, exit_code, expected):
     assert reason(output, exit_code) == expected
 

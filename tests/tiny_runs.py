@@ -1,11 +1,16 @@
-"""Whole runs in miniature, by the command line, and how they are compared. Fixtures of theirs are in conftest.py."""
+"""Whole runs in miniature, by the command line, and how they are compared.
+
+Their fixtures are in conftest.py.
+"""
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import h5py
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -16,10 +21,12 @@ from trainer import folder
 ENV = "antmaze-umaze-v0"
 
 
-# 4 epochs of 5 updates, an evaluation after every second. Everything that a resumed run has to restore is in use.
+# 4 epochs of 5 updates, an evaluation after every second. All that a resumed run has to restore
+# is in use.
 TINY = (
-    "--hidden-dim 16 --n-timesteps 2 --updates-per-epoch 5 --epochs 4 --eval-every 2 --eval-episodes 2 --batch-size 8 "
-    "--n-candidates 2 --ema-start 4 --ema-every 2 --lr-decay cosine --threads 1 --device cpu"
+    "--hidden-dim 16 --n-timesteps 2 --updates-per-epoch 5 --epochs 4 --eval-every 2 "
+    "--eval-episodes 2 --batch-size 8 --n-candidates 2 --ema-start 4 --ema-every 2 "
+    "--lr-decay cosine --threads 1 --device cpu"
 ).split()
 
 
@@ -44,10 +51,26 @@ def draw_nothing(set_attribute=setattr):
     set_attribute(folder.RunFolder, "draw_curve", lambda *_: None)
 
 
+# ---- Making runs ---------------------------------------------------------------------------------
+
+
+def call(data, out, *options) -> int:
+    """The command line's exit code."""
+    return dql.main([*TINY, "--data", str(data), "--out", str(out), *map(str, options)])
+
+
 def train(data, out, *options) -> Path:
-    """A run by the command line, which must end well; -> its folder."""
-    assert dql.main([*TINY, "--data", str(data), "--out", str(out), *options]) == 0
+    """A run that must end well; -> its folder."""
+    assert call(data, out, *options) == 0
     return the_run(out)
+
+
+def make_finished_run(where: Path) -> Path:
+    """A run in where/runs on where/tiny.hdf5; -> its folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        shorten_episodes(patch.setitem)
+        draw_nothing(patch.setattr)
+        return train(write_hdf5(where / "tiny.hdf5"), where / "runs")
 
 
 def the_run(out) -> Path:
@@ -55,12 +78,73 @@ def the_run(out) -> Path:
     return run
 
 
+def by_seed(out) -> dict:
+    return {config_of(run)["seed"]: run for run in Path(out).iterdir()}
+
+
+def on_call(n, what, before):
+    """`what`, but its n-th call runs `before` on the arguments first."""
+    count = 0
+
+    def wrapped(*args, **kwargs):
+        nonlocal count
+        count += 1
+        if count == n:
+            before(*args)
+        return what(*args, **kwargs)
+
+    return wrapped
+
+
+# ---- Bad input -----------------------------------------------------------------------------------
+
+
+def refused(capsys, *options) -> str:
+    """main's only line on stderr, after its non-zero exit."""
+    capsys.readouterr()
+    assert dql.main([str(o) for o in options]) == 1
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("error: ") and stderr.endswith("\n"), stderr
+    assert stderr.count("\n") == 1, stderr
+    return stderr.rstrip()
+
+
+def stopped(capsys, *options) -> str:
+    """The same for an error during training: its line stands below the progress bar."""
+    capsys.readouterr()
+    assert dql.main([str(o) for o in options]) == 1
+    *bars, line = re.split("[\r\n]+", capsys.readouterr().err.rstrip("\n"))
+    assert line.startswith("error: ")
+    assert not any("Traceback" in bar or "error" in bar for bar in bars)
+    return line
+
+
+# ---- What a run holds ----------------------------------------------------------------------------
+
+
 def records(run, kind=None):
+    """The log's records, without how long things took."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     timing = ("seconds", "updates_per_second")
-    return [
-        {k: v for k, v in r.items() if k not in timing} for r in lines if kind in (None, r["kind"])
-    ]
+    wanted = [r for r in lines if kind in (None, r["kind"])]
+    return [{k: v for k, v in r.items() if k not in timing} for r in wanted]
+
+
+def config_of(run) -> dict:
+    return json.loads((run / "config.json").read_text())["config"]
+
+
+def data_of(run) -> str:
+    """The path of its data."""
+    return config_of(run)["data"]
+
+
+def selection_of(run) -> dict:
+    return json.loads((run / "selection.json").read_text())
+
+
+def files_of(run) -> dict:
+    return {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
 def assert_same_tensors(path, other):
@@ -81,29 +165,11 @@ def assert_same_run(run, other):
     assert (run / "selection.json").read_text() == (other / "selection.json").read_text()
 
 
-def on_call(n, what, before):
-    """`what`, but its n-th call runs `before` on the arguments first."""
-    count = 0
-
-    def wrapped(*args, **kwargs):
-        nonlocal count
-        count += 1
-        if count == n:
-            before(*args)
-        return what(*args, **kwargs)
-
-    return wrapped
-
-
-def by_seed(out) -> dict:
-    return {
-        json.loads((run / "config.json").read_text())["config"]["seed"]: run
-        for run in Path(out).iterdir()
-    }
-
-
 class Film:
-    """Stands in for the gymnasium environment: n steps, then done; its pictures are grey and grow lighter."""
+    """Stands in for the gymnasium environment: n steps, then done.
+
+    Its pictures are grey and grow lighter.
+    """
 
     metadata = {"render_fps": 10}
 
@@ -116,7 +182,8 @@ class Film:
     def step(self, action):
         assert action.shape == (8,) and np.abs(action).max() <= 1
         self.t += 1
-        return np.zeros(29), float(self.t == self.n), self.t == self.n, False, {}
+        done = self.t == self.n
+        return np.zeros(29), float(done), done, False, {}
 
     def render(self):
         return np.full((8, 8, 3), 40 * self.t, np.uint8)

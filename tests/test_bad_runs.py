@@ -1,0 +1,129 @@
+"""Broken runs and runs asked for what they are not get one line, and nothing of them is lost."""
+
+import json
+
+import pytest
+from safetensors.torch import load_file, save_file
+from tiny_runs import ENV, files_of, refused, stopped, write_hdf5
+
+import dql
+
+pytestmark = pytest.mark.usefixtures("short_episodes")
+
+
+def test_resuming_a_folder_that_is_no_run_is_refused(capsys, tmp_path):
+    for option in ("--resume", "--eval"):
+        assert "not a run's folder" in refused(capsys, option, tmp_path / "nowhere")
+        assert "not a run's folder" in refused(capsys, option, tmp_path)
+    (tmp_path / "file").touch()
+    assert str(tmp_path / "file") in refused(capsys, "--resume", tmp_path / "file")
+
+
+NO_CONFIGS = ["", "{", "[]", "{}", '{"config": {"no_such_field": 1}}', '{"config": 3}']
+
+
+@pytest.mark.parametrize("content", NO_CONFIGS)
+@pytest.mark.parametrize("option", ["--resume", "--eval"])
+def test_a_config_that_cannot_be_read_is_named(capsys, run, option, content):
+    (run / "config.json").write_text(content)
+    assert "config.json" in refused(capsys, option, run)
+
+
+@pytest.mark.parametrize("content", ["", "{"])
+def test_a_selection_that_cannot_be_read_is_named(capsys, run, content):
+    (run / "selection.json").write_text(content)
+    assert "selection.json" in refused(capsys, "--eval", run)
+
+
+def test_a_run_without_an_evaluation_cannot_be_evaluated(capsys, run):
+    (run / "selection.json").unlink()
+    assert "selection.json" in refused(capsys, "--eval", run)
+
+
+def test_a_broken_checkpoint_is_refused(capsys, run):
+    path = run / "resume.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    assert str(path) in refused(capsys, "--resume", run)
+    kept = run / "checkpoints/step_00000020.safetensors"
+    kept.write_bytes(b"")
+    assert str(kept) in refused(capsys, "--eval", run)
+    kept.unlink()
+    assert str(kept) in refused(capsys, "--eval", run)
+
+
+NETWORKS = ("policy.", "policy_ema.", "critic.", "critic_target.")
+
+
+def of_another_size(tensors):
+    return dql.DiffusionQL(29, 8, hidden_dim=32, n_timesteps=2).state_dict()
+
+
+def without_the_step(tensors):
+    return {k: v for k, v in tensors.items() if k != "step"}
+
+
+def without_a_network(tensors):
+    return {k: v for k, v in tensors.items() if not k.startswith("critic_target")}
+
+
+def networks_alone(tensors):
+    return {k: v for k, v in tensors.items() if k.startswith(NETWORKS)}
+
+
+UNFIT = [of_another_size, without_the_step, without_a_network, networks_alone]
+
+
+@pytest.mark.parametrize("change", UNFIT)
+def test_a_checkpoint_that_does_not_fit_is_refused(capsys, run, change):
+    """And stays as it is."""
+    path = run / "resume.safetensors"
+    save_file({k: v.contiguous().clone() for k, v in change(load_file(path)).items()}, path)
+    before = files_of(run)
+    assert str(path) in refused(capsys, "--resume", run)
+    assert files_of(run) == before
+
+
+@pytest.mark.parametrize("algo", ["ql", "bc"])
+@pytest.mark.parametrize("network", ["policy", "critic_target"])
+def test_evaluating_a_broken_network_is_an_error(capsys, run, algo, network):
+    if (algo, network) == ("bc", "critic_target"):
+        pytest.skip("behaviour cloning does not ask the critics")
+    path = run / "checkpoints/step_00000020.safetensors"
+    tensors = load_file(path)
+    broken = {k: v * float("nan") for k, v in tensors.items() if k.startswith(f"{network}.")}
+    save_file(tensors | broken, path)
+    stopped(capsys, "--eval", run, "--algo", algo)
+
+
+# ---- Runs asked for what they are not ------------------------------------------------------------
+
+
+def test_resuming_on_other_data_is_refused(capsys, run, tmp_path):
+    config = json.loads((run / "config.json").read_text())
+    config["config"]["data"] = str(write_hdf5(tmp_path / "other.hdf5", seed=1))
+    (run / "config.json").write_text(json.dumps(config))
+    before = (run / "log.jsonl").read_text()
+    assert "not the same transitions" in refused(capsys, "--resume", run)
+    assert (run / "log.jsonl").read_text() == before
+
+
+OTHER = ["--eta 3", "--env antmaze-large-play-v0", "--epochs 8", "--seed 1", "--algo bc"]
+OTHER += ["--data other.hdf5", "--quick"]
+
+
+@pytest.mark.parametrize("option", OTHER)
+def test_resuming_with_another_option_is_refused(capsys, run, option):
+    before = files_of(run)
+    assert option.split()[0] in refused(capsys, "--resume", run, *option.split())
+    assert files_of(run) == before
+
+
+def test_resuming_with_the_same_option_spelt_out_is_fine(run, no_pictures):
+    assert dql.main(["--resume", str(run), "--env", ENV, "--epochs", "4"]) == 0
+
+
+@pytest.mark.parametrize("option", ["--hidden-dim 32", "--algo bc", "--env antmaze-large-play-v0"])
+def test_evaluating_another_kind_of_run_is_refused(capsys, run, option):
+    """With an option that it was not trained with."""
+    message = refused(capsys, "--eval", run, *option.split())
+    assert f"another {option.split()[0]}" in message
