@@ -27,6 +27,7 @@ import argparse
 import difflib
 import os
 import shlex
+import signal
 import socket
 import sys
 import textwrap
@@ -55,6 +56,7 @@ PROGRAM = ("dql.py",)
 OURS = "--env --seed --seeds --out --resume --eval --export --which --episodes --render".split()
 GPUS_PER_TASK = 0.25
 LOST_NODES = 5  # that a task may see before it counts as failed
+LOST_SECONDS = 5  # for a worker that has lost its node to end
 ANSWER_SECONDS = 5  # for a cluster's address
 NOT_SENT = [".git", ".venv", "runs", "tests", "results", "*.hdf5", "*.safetensors"]  # to the nodes
 
@@ -140,6 +142,15 @@ def why_lost(error: Exception) -> str:
     return textwrap.shorten(f"{type(error).__name__}: {line}", 300)
 
 
+def train_on_a_node(job: Job) -> Outcome:
+    """A Ray task. A worker that has lost its node kills its children and then ends: what they were
+    doing has not failed, so give the worker time to end before that is said."""
+    outcome = train(job)
+    if outcome.failure and outcome.failure["exit_code"] == -signal.SIGKILL:
+        time.sleep(LOST_SECONDS)
+    return outcome
+
+
 def train_on_ray(jobs: list[Job], address: str, cpus: int, gpus: float | None, done: Callable):
     """Train each job as a Ray task; done(job, outcome) as each ends."""
     ray = connect(address)
@@ -151,7 +162,7 @@ def train_on_ray(jobs: list[Job], address: str, cpus: int, gpus: float | None, d
             options = "(--cpus-per-task, --gpus-per-task)"
             say(f"no node has {cpus} CPUs and {gpus:g} GPUs for a task {options}: waiting for one")
         # Ray retries when it lost a worker or a node; when dql.py fails, that is an Outcome.
-        task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=LOST_NODES)(train)
+        task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=LOST_NODES)(train_on_a_node)
         waiting = {task.remote(job): job for job in jobs}
         say(f"{len(waiting)} tasks given to Ray")
         while waiting:

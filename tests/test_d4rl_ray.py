@@ -3,6 +3,7 @@
 Also addresses that do not answer, and the reasons that Ray gives when it gives up.
 """
 
+import signal
 import socket
 import sys
 import threading
@@ -12,6 +13,7 @@ import pytest
 from d4rl_runs import UMAZE, alive, wait_for
 
 from experiments import d4rl
+from experiments.runs import Outcome
 
 TASKS = [task for task in d4rl.RECIPES if task.startswith("antmaze")]
 INSTALL = "ray is not installed: pip install -r requirements-cluster.txt"
@@ -109,6 +111,16 @@ def test_a_task_that_ray_gives_up_has_a_reason_of_one_line():
     last = "ModuleNotFoundError: No module named 'safetensors'"
     failed = exceptions.RayTaskError("train", f"Traceback:\n  a line\n{last}", None)
     assert d4rl.why_lost(failed) == f"RayTaskError: {last}"
+
+
+@pytest.mark.parametrize("exit_code, waits", [(-signal.SIGKILL, True), (1, False)])
+def test_a_kill_is_reported_only_by_a_worker_that_lives_on(exit_code, waits, monkeypatch):
+    """A worker that lost its node kills its children and ends: the task then goes on elsewhere."""
+    outcome, slept = Outcome({"reason": "why", "exit_code": exit_code}, {}), []
+    monkeypatch.setattr(d4rl, "train", lambda job: outcome)
+    monkeypatch.setattr(time, "sleep", slept.append)
+    assert d4rl.train_on_a_node(None) == outcome
+    assert slept == [d4rl.LOST_SECONDS] * waits
 
 
 def test_without_ray_a_line_says_what_to_install(d4rl_command, monkeypatch):
