@@ -27,7 +27,9 @@ from typing import NamedTuple
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTED = "ops packing sampler actor update graphs rounding".split()
+TESTED = (
+    "ops packing sampler actor gradients optimizer training trained update graphs rounding".split()
+)
 TESTS = [f"tests/test_{name}.py" for name in TESTED]
 OVERRUN = 2  # times its estimate: then a part is ended, so that one that hangs leaves others time
 GRACE = 5  # seconds that a part has to report what it has found when it is ended

@@ -5,7 +5,7 @@
 
 The quick recipe on generated antmaze data. On a CPU the kernels' arithmetic is imitated
 (bench/rounding.py). fp16x3 needs no study: its gradients are as far from float64's as eager
-float32's are (tests/test_update.py). Runs are kept in runs/precision. Writes
+float32's are (tests/test_gradients.py). Runs are kept in runs/precision. Writes
 experiments/results/precision_DEVICE.json.
 """
 

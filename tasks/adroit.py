@@ -1,7 +1,8 @@
-"""D4RL's pen-human-v1 and pen-cloned-v1: a hand of 24 joints turns a pen in its palm until it lies as a second, fixed pen does.
+"""D4RL's pen-human-v1 and pen-cloned-v1: a hand rotates a pen to a given direction.
 
-The model is gymnasium-robotics' (AdroitHandPen-v1), which is D4RL's. Its environment never terminates and runs for 200 steps;
-D4RL's ends when the pen has been dropped, after 100 steps at the latest.
+A hand of 24 joints holds the pen in its palm; a second, fixed pen shows the direction. The model is
+gymnasium-robotics' (AdroitHandPen-v1), which is D4RL's. Its environment never terminates and runs
+for 200 steps; D4RL's ends when the pen has been dropped, and after 100 steps at the latest.
 """
 
 from dataclasses import dataclass
@@ -16,8 +17,8 @@ from .task import Task, World
 
 FRAME_SKIP = 5  # simulation steps of 0.002 s
 N_HAND = 24  # the hand's joints come first in qpos, then the pen's six
-NEAR = 0.075  # metres from the wanted place within which turning the pen well is paid extra
-DROPPED = 0.075  # metres: the height below which the pen lies on the table
+NEAR = 0.075  # metres from the wanted place: nearer, the right direction earns a bonus
+DROPPED = 0.075  # metres: a pen below this height has been dropped
 
 
 @lru_cache
@@ -30,7 +31,8 @@ def build_model() -> mujoco.MjModel:
     ):
         spec.add_sensor(name=name, type=kind, objtype=mujoco.mjtObj.mjOBJ_XBODY, objname="Object")
     model = compile_spec(spec)
-    # D4RL's environment changes the actuators' stiffness after loading; the wrist's come before the fingers'.
+    # D4RL's environment changes the actuators' stiffness after loading. The wrist's actuators come
+    # before the fingers'.
     names = [model.actuator(i).name for i in range(model.nu)]
     for first, last, stiffness in (("A_WRJ1", "A_WRJ0", 10.0), ("A_FFJ3", "A_THJ0", 1.0)):
         chosen = slice(names.index(first), names.index(last) + 1)
@@ -40,32 +42,29 @@ def build_model() -> mujoco.MjModel:
 
 
 class PenWorld(World):
-    """n hands. wanted (n, 3) is the direction in which each pen is to point.
+    """n hands. wanted (n, 3) is the direction in which each pen should point.
 
-    Observation (45): the hand's joints (24); the pen's place (3), velocity (6) and direction (3); the wanted direction (3); and
-    the differences of place (3) and direction (3). Place and direction are the sensors', from one simulation step (2 ms) before
-    joints and velocity, as D4RL reads them.
+    Observation (45): the hand's joints (24); the pen's place (3), velocity (6) and direction (3);
+    the wanted direction (3); how far place (3) and direction (3) are from the wanted ones. Place
+    and direction come from sensors and so are one simulation step (2 ms) older than joints and
+    velocity, as in D4RL.
     """
 
     def __init__(self, n: int, n_threads: int | None = None):
         model = build_model()
         self.simulation = Simulation(model, n, n_threads)
-        self.place_at, self.direction_at = (
-            model.sensor(name).adr[0] for name in ("pen_place", "pen_direction")
-        )
-        self.wanted_place = model.site(
-            "eps_ball"
-        ).pos.copy()  # a site of the world's body, which does not move
+        place, direction = model.sensor("pen_place"), model.sensor("pen_direction")
+        self.place_at = slice(place.adr[0], place.adr[0] + 3)
+        self.direction_at = slice(direction.adr[0], direction.adr[0] + 3)
+        self.wanted_place = model.site("eps_ball").pos.copy()  # fixed in the world
         self.wanted = np.tile([0.0, 0.0, 1.0], (n, 1))
         low, high = model.actuator_ctrlrange.T
         self.middle, self.reach = (low + high) / 2, (high - low) / 2
 
     def _pen(self) -> tuple[np.ndarray, np.ndarray]:
-        """Place (n, 3) in metres and direction (n, 3), a unit vector, of each pen."""
+        """Each pen's place (n, 3), metres, and direction (n, 3), a unit vector."""
         sensors = self.simulation.sensors
-        return sensors[:, self.place_at : self.place_at + 3], sensors[
-            :, self.direction_at : self.direction_at + 3
-        ]
+        return sensors[:, self.place_at], sensors[:, self.direction_at]
 
     @property
     def observations(self) -> np.ndarray:
@@ -75,16 +74,21 @@ class PenWorld(World):
         return np.concatenate([joints, place, velocity, direction, self.wanted, *apart], axis=1)
 
     def reset(self, who: np.ndarray, rng: np.random.Generator) -> None:
-        """Hand and pen at rest at qpos0; the wanted direction is "up", turned by U(±1) radians about y, then about x."""
+        """Hand and pen at rest at qpos0.
+
+        The wanted direction is "up", rotated by U(±1) radians about y, then about x.
+        """
         a, b = rng.uniform(-1.0, 1.0, (len(who), 2)).T
-        self.wanted[who] = np.stack(
-            [np.sin(b), -np.sin(a) * np.cos(b), np.cos(a) * np.cos(b)], axis=1
-        )
+        x, y, z = np.sin(b), -np.sin(a) * np.cos(b), np.cos(a) * np.cos(b)
+        self.wanted[who] = np.stack([x, y, z], axis=1)
         model = self.simulation.model
         self.place(who, model.qpos0, np.zeros(model.nv), rng)
 
     def show(self, model: mujoco.MjModel) -> None:
-        """The model's second pen points as is wanted. In the simulation it does not: nothing comes near enough to touch it."""
+        """Point the model's second pen in the wanted direction.
+
+        The simulation leaves it alone: nothing comes near enough to touch it.
+        """
         mujoco.mju_quatZ2Vec(model.body("target").quat, self.wanted[0])
 
     def step(
@@ -113,10 +117,6 @@ class Pen(Task):
     def camera(self, model: mujoco.MjModel) -> mujoco.MjvCamera:
         """From above the palm."""
         camera = mujoco.MjvCamera()
-        camera.lookat[:], camera.distance, camera.azimuth, camera.elevation = (
-            [0.0, -0.25, 0.2],
-            0.9,
-            90.0,
-            -55.0,
-        )
+        camera.lookat[:] = [0.0, -0.25, 0.2]
+        camera.distance, camera.azimuth, camera.elevation = 0.9, 90.0, -55.0
         return camera

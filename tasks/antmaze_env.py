@@ -21,9 +21,8 @@ from .antmaze import (
     sample_goals,
     sample_states,
 )
-from .env import Camera
+from .env import Camera, check_render_mode
 from .simulation import checked_actions
-from .task import TaskError
 
 FLOOR_COLOUR = [0.92, 0.91, 0.88, 1.0]
 WALL_COLOUR = [0.42, 0.52, 0.66, 1.0]
@@ -32,16 +31,17 @@ GOAL_COLOUR = [0.15, 0.70, 0.30, 1.0]
 
 
 class AntMazeEnv(gymnasium.Env):
-    """An ant, a maze, and a goal the observation does not tell. gymnasium.make adds the step limit.
+    """An ant, a maze, and a goal that is not observed. gymnasium.make adds the step limit.
 
-    Observation (29,) float64 = qpos (15) and qvel (14), metres, radians and seconds. Action (8,) in [-1, 1],
-    for the joints hip 4, ankle 4, hip 1, ankle 1, hip 2, ankle 2, hip 3, ankle 3; values outside are clipped,
-    as D4RL does, and an action that is not finite or not (8,) raises TaskError. Reward 1, and the end, when
-    the torso is within 0.5 m of the goal, else 0. Falling over ends nothing.
+    Observation (29,) float64: qpos (15) and qvel (14), in metres, radians and seconds. Action (8,)
+    in [-1, 1], for the joints hip 4, ankle 4, hip 1, ankle 1, hip 2, ankle 2, hip 3, ankle 3.
+    Values outside are clipped, as D4RL does; an action that is not finite or not (8,) raises
+    TaskError. When the torso is within 0.5 m of the goal, the reward is 1 and the episode ends;
+    else the reward is 0. Falling over does not end the episode.
 
-    The goal is drawn at the first reset and stays, as D4RL v0's stays from the making of an environment on;
-    only a reset that is given a seed draws it anew, so that seed and actions determine an episode. It is
-    `goal`, and info["goal"].
+    The goal is drawn at the first reset and then stays; in D4RL v0 it stays from the creation of an
+    environment on. Only a reset with a seed draws it again, so that seed and actions determine an
+    episode. It is `goal`, and info["goal"].
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
@@ -53,10 +53,7 @@ class AntMazeEnv(gymnasium.Env):
         width: int = 640,
         height: int = 480,
     ):
-        if render_mode not in (None, "rgb_array"):
-            raise TaskError(
-                f"cannot render as {render_mode!r}; use render_mode='rgb_array', or None"
-            )
+        check_render_mode(render_mode)
         self.maze = maze
         self.render_mode = render_mode
         self.model = build_model(maze)
@@ -79,9 +76,8 @@ class AntMazeEnv(gymnasium.Env):
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
         self.data.ctrl[:] = TORQUE * checked_actions(action, (ACTION_DIM,))
-        self.data.qacc_warmstart[:] = (
-            0.0  # as in AntBatch: observation and action decide, to the last bit
-        )
+        # Start the solver cold, as AntBatch does: a step depends on qpos, qvel and action only.
+        self.data.qacc_warmstart[:] = 0.0
         mujoco.mj_step(self.model, self.data, FRAME_SKIP)
         success = bool(at_goal(self.data.qpos[:2], self.goal))
         return self._observation(), float(success), success, False, self._info()
@@ -94,14 +90,18 @@ class AntMazeEnv(gymnasium.Env):
         mujoco.mj_forward(self.model, self.data)
 
     def render(self) -> np.ndarray | None:
-        """The maze from above at an angle: (height, width, 3) uint8. TaskError where no OpenGL can be had."""
-        if self.render_mode is None or self.goal is None:  # not asked for, or not reset yet
+        """The maze from above at an angle: (height, width, 3) uint8, or None before a reset.
+
+        Raises TaskError if OpenGL is not available.
+        """
+        if self.render_mode is None or self.goal is None:
             return None
         if self._camera is None:
             _paint(self.model)
             width, height = self._picture_size
             self._camera = Camera(self.model, _view_of(self.maze, width / height), width, height)
-        return self._camera.shoot(self.data, ([*self.goal, 0.03], GOAL_RADIUS, 0.03, GOAL_COLOUR))
+        goal = ([*self.goal, 0.03], GOAL_RADIUS, 0.03, GOAL_COLOUR)
+        return self._camera.shoot(self.data, goal)
 
     def close(self) -> None:
         if self._camera is not None:
@@ -115,12 +115,11 @@ class AntMazeEnv(gymnasium.Env):
         return {"goal": self.goal.copy(), "success": bool(at_goal(self.data.qpos[:2], self.goal))}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Pictures
+# ---- Pictures ------------------------------------------------------------------------------------
 
 
 def _paint(model: mujoco.MjModel) -> None:
-    """Pale floor, blue walls, orange ant, light from above the camera's shoulder. No physics."""
+    """Pale floor, blue walls, orange ant, light from behind the camera. Physics is unchanged."""
     model.geom_matid[:] = -1
     model.geom_rgba[:] = ANT_COLOUR
     for geom in range(model.ngeom):
@@ -128,23 +127,21 @@ def _paint(model: mujoco.MjModel) -> None:
             model.geom_rgba[geom] = WALL_COLOUR
     floor = model.geom("floor").id
     model.geom_rgba[floor] = FLOOR_COLOUR
-    model.geom_size[floor, :2] = (
-        0.0  # drawn without end; gymnasium's 40 m are too few for the large maze
-    )
+    model.geom_size[floor, :2] = 0.0  # infinite: gymnasium's 40 m do not cover the large maze
     headlight = model.vis.headlight
-    headlight.ambient[:], headlight.diffuse[:], headlight.specular[:] = 0.45, 0.25, 0.0
-    model.light_dir[0], model.light_diffuse[0], model.light_specular[0] = (
-        [0.4, 0.5, -1.0],
-        0.45,
-        0.0,
-    )
+    headlight.ambient[:] = 0.45
+    headlight.diffuse[:] = 0.25
+    headlight.specular[:] = 0.0
+    model.light_dir[0] = [0.4, 0.5, -1.0]
+    model.light_diffuse[0] = 0.45
+    model.light_specular[0] = 0.0
 
 
 def _view_of(maze: str, aspect: float) -> mujoco.MjvCamera:
-    """A camera looking down at the middle of the maze, as far away as it takes to see all of it."""
+    """A camera looking down at the middle of the maze, far enough away to see all of it."""
     corners = np.array([cell_xy(maze, row, col) for row, col in free_cells(maze)])
     lowest, highest = corners.min(axis=0), corners.max(axis=0)
-    width, depth = highest - lowest + 8.0  # the free cells and half a wall all round
+    width, depth = highest - lowest + 8.0  # the free cells and half a wall around them
     view = mujoco.MjvCamera()
     view.type = mujoco.mjtCamera.mjCAMERA_FREE
     view.lookat[:] = [*(lowest + highest) / 2, 0.0]

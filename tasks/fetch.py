@@ -1,4 +1,4 @@
-"""D4RL's own files: the folder where they lie, and fetching one that is not there, from D4RL's host or a mirror."""
+"""D4RL's own files: their folder on disk, and downloads from D4RL's host or a mirror."""
 
 import contextlib
 import errno
@@ -15,16 +15,15 @@ from tqdm import tqdm
 
 from .task import TaskError, one_line
 
-D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"  # down at times, hence the mirror
-MIRROR_URL = (
-    "https://huggingface.co/datasets/imone/D4RL/resolve/main/"  # the same base names, no folders
-)
+# D4RL's host is down at times. The mirror has the same base names, but no folders.
+D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
+MIRROR_URL = "https://huggingface.co/datasets/imone/D4RL/resolve/main/"
 TIMEOUT = 10  # seconds, for the connection and for each read
-BLOCK = 1 << 20  # bytes taken from the network at a time
+BLOCK = 1 << 20  # bytes read from the network at a time
 
 
 class DownloadError(TaskError):
-    """D4RL's file could not be fetched. `short` is the reason in a few words."""
+    """D4RL's file could not be downloaded. `short` is the reason in a few words."""
 
     def __init__(self, message: str, short: str):
         super().__init__(message)
@@ -32,33 +31,34 @@ class DownloadError(TaskError):
 
 
 def d4rl_folder() -> Path:
-    """Where D4RL keeps its files: $D4RL_DATASET_DIR, as D4RL itself honours it, else ~/.d4rl/datasets."""
+    """Where D4RL keeps its files: $D4RL_DATASET_DIR, else ~/.d4rl/datasets, as in D4RL itself."""
     return Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
 
 
 def base_name(task) -> str:
-    """The name of D4RL's file in that folder."""
+    """The name of the task's file in that folder."""
     return task.dataset_file.rsplit("/", 1)[-1]
 
 
 def fetch(task) -> str:
-    """Fetches D4RL's file into d4rl_folder() and returns the address that gave it.
+    """Download D4RL's file into d4rl_folder(). -> the URL it came from
 
-    The file gets its name once it is as long as the server said and opens as HDF5. Until then it is called
-    <name>.part-<pid> and stands in the same folder; that one is removed whatever happens. Raises
-    DownloadError when no address gives the file or the folder cannot be written to, TaskError when the disk
+    The file gets its name once it is as long as the server said and opens as HDF5. Until then it is
+    called <name>.part-<pid>, in the same folder, and that one is always removed. Raises
+    DownloadError if no URL gives the file or the folder is not writable, TaskError if the disk
     fails or is full.
     """
     folder, name = d4rl_folder(), base_name(task)
     part = folder / f"{name}.part-{os.getpid()}"
-    go_on = "go on with a file of yours (--data PATH)" + (
-        " or with --data generated" if task.can_generate else ""
-    )
+    instead = "go on with a file of yours (--data PATH)"
+    if task.can_generate:
+        instead += " or with --data generated"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        part.touch()  # asked before the network is
+        part.touch()  # check that the folder is writable before using the network
     except OSError as error:
-        message = f"cannot write to {folder} ({error.strerror}): set D4RL_DATASET_DIR elsewhere, or {go_on}"
+        what = f"cannot write to {folder} ({error.strerror})"
+        message = f"{what}: set D4RL_DATASET_DIR elsewhere, or {instead}"
         raise DownloadError(message, f"folder not writable: {error.strerror}") from error
     failures = {}
     try:
@@ -69,26 +69,27 @@ def fetch(task) -> str:
                 return url
             except _NoAnswer as failure:
                 failures[url] = str(failure)
-    except OSError as error:  # the network's are all _NoAnswer by now, so this is the disk's
+    except OSError as error:  # of the disk: network errors were turned into _NoAnswer
         todo = "free some space" if error.errno == errno.ENOSPC else "look at the disk"
-        message = (
-            f"cannot save {name} in {folder} ({error.strerror}): {todo} or set D4RL_DATASET_DIR"
-        )
-        raise TaskError(message) from error
+        what = f"cannot save {name} in {folder} ({error.strerror})"
+        raise TaskError(f"{what}: {todo} or set D4RL_DATASET_DIR") from error
     finally:
-        with contextlib.suppress(OSError):  # a clean-up that fails must not hide why it was needed
+        with contextlib.suppress(OSError):  # a failing clean-up must not hide the first error
             part.unlink(missing_ok=True)
     each = "; ".join(f"{url}: {why}" for url, why in failures.items())
     short = ", ".join(dict.fromkeys(failures.values()))
-    raise DownloadError(f"cannot download {name} ({each}); {go_on}", short)
+    raise DownloadError(f"cannot download {name} ({each}); {instead}", short)
 
 
 class _NoAnswer(Exception):
-    """An address did not give the file. The text is the reason in a few words."""
+    """A URL did not give the file. The text is the reason in a few words."""
 
 
 def _fetch_one(url: str, part: Path, name: str) -> None:
-    """Writes what url gives to part: _NoAnswer when that is not a whole HDF5 file, OSError for the disk."""
+    """Download url to part.
+
+    Raises _NoAnswer if that gives no whole HDF5 file, OSError if the disk fails.
+    """
     try:
         response = urllib.request.urlopen(url, timeout=TIMEOUT)
     except (OSError, http.client.HTTPException) as error:
@@ -100,16 +101,15 @@ def _fetch_one(url: str, part: Path, name: str) -> None:
         for block in _blocks(response, total):
             file.write(block)
             bar.update(len(block))
+    # The answer may be an error page, or have come without a size and been cut short.
     try:
-        h5py.File(
-            part, "r"
-        ).close()  # an error page is an answer too, and without a size HDF5 knows its own
+        h5py.File(part, "r").close()
     except OSError as error:
         raise _NoAnswer("what came is not a whole HDF5 file") from error
 
 
 def _blocks(response: http.client.HTTPResponse, total: int | None) -> Iterator[bytes]:
-    """The body. Network errors become _NoAnswer here, so that the OSErrors of writing are told from them."""
+    """The body in blocks. Network errors become _NoAnswer: other OSErrors are then the disk's."""
     received = 0
     try:
         while block := response.read(BLOCK):

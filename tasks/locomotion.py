@@ -1,9 +1,11 @@
-"""D4RL's nine locomotion tasks: hopper, halfcheetah and walker2d, as gym's -v2 environments had them.
+"""D4RL's nine locomotion tasks: hopper, halfcheetah and walker2d, as in gym's -v2 environments.
 
-The models are gymnasium's, unchanged but for the contact margins (tasks.simulation). gymnasium's own -v4 environments are the same
-tasks, one episode at a time and with the margins as the installed MuJoCo joins them; the tests compare them with these.
+The models are gymnasium's, unchanged but for the contact margins (tasks.simulation). gymnasium's
+-v4 environments are the same tasks, one episode at a time and with the margins of the installed
+MuJoCo; the tests compare them with these.
 
-D4RL's data were made with MuJoCo before 2.1.3, which gave capsules another mass: a policy meets slightly other bodies here.
+D4RL's data were made with MuJoCo before 2.1.3, which computed other masses for capsules: the bodies
+here are slightly different from those in the data.
 """
 
 from collections.abc import Callable
@@ -19,23 +21,25 @@ from .task import Task, World
 
 
 class Body(NamedTuple):
-    """What tells the three apart. state (k, nq + nv) = [qpos, qvel], of which qpos begins with x, z and the torso's angle."""
+    """What differs between the three bodies.
+
+    State (k, nq + nv) = [qpos, qvel], where qpos begins with x, z and the torso's angle.
+    """
 
     xml: str
     frame_skip: int  # simulation steps in one environment step
-    control_cost: float  # times the squared action
+    control_cost: float  # the reward subtracts this times the squared action
     alive: float  # reward for each step
-    velocity_clip: float  # of observed velocities
-    reset_noise: float  # qpos and qvel begin at qpos0 and 0, plus U(±reset_noise)
+    velocity_clip: float  # limit of observed velocities
+    reset_noise: float  # qpos and qvel start at qpos0 and 0, plus U(±reset_noise)
     normal_velocity: bool  # the initial qvel is normal instead, with reset_noise as σ
-    healthy: Callable[[np.ndarray], np.ndarray]  # states -> (k,) bool: the episode goes on
+    healthy: Callable[[np.ndarray], np.ndarray]  # states -> (k,) bool; False: terminated
 
 
 def _hopper_is_healthy(state):
     z, angle = state[:, 1], state[:, 2]
-    return (
-        (z > 0.7) & (np.abs(angle) < 0.2) & (np.abs(state[:, 2:]) < 100).all(axis=1)
-    )  # False for NaN too
+    bounded = (np.abs(state[:, 2:]) < 100).all(axis=1)  # False for NaN too
+    return (z > 0.7) & (np.abs(angle) < 0.2) & bounded
 
 
 def _walker_is_healthy(state):
@@ -61,28 +65,27 @@ def build_model(body: str) -> mujoco.MjModel:
 
 
 class LocomotionWorld(World):
-    """n bodies that are paid for running to +x. Observation: qpos without x, then qvel."""
+    """n bodies, rewarded for running to +x. Observation: qpos without x, then qvel, clipped."""
 
     def __init__(self, body: str, n: int, n_threads: int | None = None):
-        self.body, self.simulation = BODIES[body], Simulation(build_model(body), n, n_threads)
+        self.body = BODIES[body]
+        self.simulation = Simulation(build_model(body), n, n_threads)
         self.seconds = self.body.frame_skip * self.simulation.model.opt.timestep
 
     @property
     def observations(self) -> np.ndarray:
         clip = self.body.velocity_clip
-        return np.concatenate(
-            [self.simulation.qpos[:, 1:], self.simulation.qvel.clip(-clip, clip)], axis=1
-        )
+        velocities = self.simulation.qvel.clip(-clip, clip)
+        return np.concatenate([self.simulation.qpos[:, 1:], velocities], axis=1)
 
     def reset(self, who: np.ndarray, rng: np.random.Generator) -> None:
         model, noise = self.simulation.model, self.body.reset_noise
         qpos = model.qpos0 + rng.uniform(-noise, noise, (len(who), model.nq))
         shape = (len(who), model.nv)
-        qvel = (
-            noise * rng.standard_normal(shape)
-            if self.body.normal_velocity
-            else rng.uniform(-noise, noise, shape)
-        )
+        if self.body.normal_velocity:
+            qvel = noise * rng.standard_normal(shape)
+        else:
+            qvel = rng.uniform(-noise, noise, shape)
         self.place(who, qpos, qvel, rng)
 
     def step(
@@ -116,6 +119,7 @@ class Locomotion(Task):
     def camera(self, model: mujoco.MjModel) -> mujoco.MjvCamera:
         """From the side, following the torso."""
         camera = mujoco.MjvCamera()
-        camera.type, camera.trackbodyid = mujoco.mjtCamera.mjCAMERA_TRACKING, model.body("torso").id
+        camera.type = mujoco.mjtCamera.mjCAMERA_TRACKING
+        camera.trackbodyid = model.body("torso").id
         camera.distance, camera.azimuth, camera.elevation = 4.0, 90.0, -15.0
         return camera

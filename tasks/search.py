@@ -1,13 +1,16 @@
-"""Linear policies for the locomotion bodies, found by augmented random search; generated data are made with them.
+"""Augmented random search for the linear policies that generated locomotion data are made with.
 
     python -m tasks.search hopper --seconds 600        # writes tasks/policies/hopper.json
-    python -m tasks.search hopper --seconds 0          # measures the policies that are there again
+    python -m tasks.search hopper --seconds 0          # measures the saved policies again
 
-The search (Mania, Guy, Recht, 2018, ARS V2-t) perturbs one matrix in random directions, ±, runs an episode with each, and moves the
-matrix along the best directions, weighted by the differences of their returns. States are normalised by all that was seen. What
-is kept are the policies on the way, each with its mean return, and that with the data's noise: action = clip(weights·s + bias, ±1),
-a function of the observation alone. The bonus for being alive is left out of the returns that are climbed, or standing still
-would do.
+The search (Mania, Guy, Recht, 2018, ARS V2-t) perturbs one matrix in random directions, ±, runs an
+episode with each, and moves the matrix along the best directions, weighted by the differences of
+their returns. States are normalised with the mean and standard deviation of all states seen. The
+bonus for being alive is left out of the returns that the search climbs: it would pay for standing
+still.
+
+Saved are policies found on the way, action = clip(weights·s + bias, ±1), each with its mean return
+without and with the data's noise.
 """
 
 import argparse
@@ -24,15 +27,15 @@ from . import get
 from .locomotion import BODIES, LocomotionWorld
 from .locomotion_data import POLICIES, Recipe
 
-EPISODES = 16  # that measure a policy on the way
+EPISODES = 16  # to measure a policy with
 
 
 class Settings(NamedTuple):
-    directions: int
-    best: int  # of them, which are followed
-    rate: float
+    directions: int  # tried in each step of the search
+    best: int  # how many of them are followed
+    rate: float  # step size
     noise: float  # σ of a direction's entries
-    limit: int = 1000  # environment steps
+    limit: int = 1000  # environment steps of an episode
 
 
 SETTINGS = {
@@ -43,7 +46,7 @@ SETTINGS = {
 
 
 class Normaliser:
-    """Running mean and standard deviation of the states seen, by Chan's update."""
+    """Running mean and sum of squared deviations of the states seen, by Chan's update."""
 
     def __init__(self, dim: int):
         self.n, self.mean, self.squares = 0, np.zeros(dim), np.zeros(dim)
@@ -56,7 +59,7 @@ class Normaliser:
         self.n = total
 
     def fold(self, matrices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Matrices (k, A, S) for normalised states -> weights (k, A, S) and bias (k, A) for states as they are."""
+        """Matrices (k, A, S) for normalised states -> weights (k, A, S), bias (k, A) for raw."""
         std = np.sqrt(self.squares / max(self.n, 1))
         weights = matrices / np.where(std > 1e-7, std, 1.0)
         return weights, -weights @ self.mean
@@ -65,9 +68,10 @@ class Normaliser:
 def run(
     world: LocomotionWorld, weights, bias, rng, limit: int, noise=0.0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One episode for each of k policies, noise () or (k, 1) times normals added to its actions.
+    """One episode for each of k policies, weights (k, A, S) and bias (k, A).
 
-    -> returns (k,), lengths (k,), the states seen (sum of lengths, S)
+    noise, a number or (k, 1), is the σ of normal noise that is added to the actions. Returns
+    (k,) returns, (k,) lengths, and the states seen (sum of lengths, S).
     """
     noise = np.broadcast_to(noise, (len(weights), 1))
     who = np.arange(len(weights))
@@ -88,23 +92,23 @@ def run(
 
 
 def search(body: str, seconds: float, seed: int, report=print) -> list[dict]:
-    """Climb for a number of seconds. -> the policies on the way: dicts of steps, weights, bias, episode_return, noisy_return"""
+    """Search for a number of seconds.
+
+    Returns the policies found on the way, in order: dicts of steps, weights, bias, episode_return
+    and noisy_return.
+    """
     settings, task = SETTINGS[body], get(f"{body}-medium-v2")
-    rng, normaliser = np.random.default_rng(seed), Normaliser(task.state_dim)
-    matrix, steps, began, found, measured_at = (
-        np.zeros((task.action_dim, task.state_dim)),
-        0,
-        time.monotonic(),
-        [],
-        0.0,
-    )
     alive = BODIES[body].alive
+    rng = np.random.default_rng(seed)
+    normaliser = Normaliser(task.state_dim)
+    matrix = np.zeros((task.action_dim, task.state_dim))
+    found, steps = [], 0
+    began, measured_at = time.monotonic(), 0.0
     with task.world(2 * settings.directions, 1) as world:
         while time.monotonic() - began < seconds:
             deltas = rng.standard_normal((settings.directions, *matrix.shape))
-            tried = np.concatenate(
-                [matrix + settings.noise * deltas, matrix - settings.noise * deltas]
-            )
+            offsets = settings.noise * deltas
+            tried = np.concatenate([matrix + offsets, matrix - offsets])
             returns, lengths, states = run(world, *normaliser.fold(tried), rng, settings.limit)
             normaliser.see(states)
             steps += lengths.sum()
@@ -121,31 +125,33 @@ def search(body: str, seconds: float, seed: int, report=print) -> list[dict]:
                     "weights": weights.round(5).tolist(),
                     "bias": bias.round(5).tolist(),
                 }
-                found.append(policy | measured(body, policy))
-                report(
-                    f"{steps:,} steps: return {found[-1]['episode_return']:.0f}, with noise {found[-1]['noisy_return']:.0f}"
-                )
+                policy |= measured(body, policy)
+                found.append(policy)
+                clean, noisy = policy["episode_return"], policy["noisy_return"]
+                report(f"{steps:,} steps: return {clean:.0f}, with noise {noisy:.0f}")
     return found
 
 
 def measured(body: str, policy: dict) -> dict:
-    """A policy's mean return as it is and with the data's noise, the same episodes for every policy."""
-    weights, bias = (
-        np.array(policy[key])[None].repeat(EPISODES, axis=0) for key in ("weights", "bias")
-    )
-    found, limit = {}, SETTINGS[body].limit
+    """A policy's mean returns without and with the data's noise: episode_return, noisy_return.
+
+    The episodes are the same for every policy.
+    """
+    weights = np.array(policy["weights"])[None].repeat(EPISODES, axis=0)
+    bias = np.array(policy["bias"])[None].repeat(EPISODES, axis=0)
+    limit = SETTINGS[body].limit
+    found = {}
     with get(f"{body}-medium-v2").world(EPISODES, 1) as world:
         for name, (low, high) in (("episode_return", (0.0, 0.0)), ("noisy_return", Recipe().noise)):
             rng = np.random.default_rng(0)
-            returns, _, _ = run(
-                world, weights, bias, rng, limit, rng.uniform(low, high, (EPISODES, 1))
-            )
+            noise = rng.uniform(low, high, (EPISODES, 1))
+            returns, _, _ = run(world, weights, bias, rng, limit, noise)
             found[name] = float(returns.mean())
     return found
 
 
 def ladder(found: list[dict], n: int = 12) -> list[dict]:
-    """Of the policies found, at most n whose returns rise from the first to the best, evenly."""
+    """At most n of the policies found, whose returns rise evenly from the first to the best."""
     rising = [found[0]]
     for policy in found[1:]:
         if policy["episode_return"] > rising[-1]["episode_return"]:
@@ -160,9 +166,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("body", choices=list(SETTINGS))
-    parser.add_argument(
-        "--seconds", type=float, default=600, help="0: measure the policies that are there"
-    )
+    measure = "0: measure the saved policies again"
+    parser.add_argument("--seconds", type=float, default=600, help=measure)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     path = POLICIES / f"{options.body}.json"
@@ -176,7 +181,8 @@ def main() -> None:
         policies = ladder(search(options.body, options.seconds, options.seed))
     else:
         saved = json.loads(path.read_text())
-        how, policies = saved["search"], [p | measured(options.body, p) for p in saved["policies"]]
+        how = saved["search"]
+        policies = [policy | measured(options.body, policy) for policy in saved["policies"]]
     path.parent.mkdir(exist_ok=True)
     with written_whole(path) as temporary:
         lines = ",\n".join(map(json.dumps, policies))

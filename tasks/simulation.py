@@ -1,8 +1,10 @@
-"""Many copies of one MuJoCo model, stepped together on all cores; and what all tasks do to a model and to actions.
+"""Many copies of one MuJoCo model, stepped together on all cores.
 
-with Simulation(model, n=100) as copies:
-    copies.place(np.arange(100), qpos, qvel)
-    copies.step(np.arange(100), control, n_substeps=5)
+    with Simulation(model, n=100) as copies:
+        copies.place(np.arange(100), qpos, qvel)
+        copies.step(np.arange(100), control, n_substeps=5)
+
+Also what all tasks need around that: loading and compiling models, and checking actions.
 """
 
 import os
@@ -19,13 +21,16 @@ from .task import TaskError
 
 
 class Simulation:
-    """n states of one model, each alone in its own world. A context manager.
+    """n copies of one model, each in a world of its own. A context manager.
 
-    qpos (n, nq), qvel (n, nv) and states (n, nq + nv), both side by side, are views of the same float64 numbers: they follow
-    every step, and writing to them moves a copy, as place() does. sensors (n, nsensordata) are as mj_step leaves them: from
-    before the last substep, not after it, as all that D4RL's environments read from MuJoCo beyond qpos and qvel; place()
-    computes them for the placed state itself. The solver starts cold at each call of step(), so that a step is a function of
-    qpos, qvel and the control alone.
+    qpos (n, nq), qvel (n, nv) and states (n, nq + nv) = [qpos, qvel] are float64 views of the same
+    memory: they follow every step, and writing to them moves a copy, as place() does.
+
+    sensors (n, nsensordata) are as mj_step leaves them: computed before the last substep, not after
+    it. So is everything that D4RL's environments read from MuJoCo other than qpos and qvel. place()
+    computes them for the new state.
+
+    The solver starts cold at each call of step(), so a step depends on qpos, qvel and control only.
     """
 
     def __init__(self, model: mujoco.MjModel, n: int, n_threads: int | None = None):
@@ -33,22 +38,19 @@ class Simulation:
         n_threads = min(n_threads or available_cores(), n)
         size = mujoco.mj_stateSize(model, mujoco.mjtState.mjSTATE_FULLPHYSICS)
         if size != 1 + model.nq + model.nv:
-            raise ValueError(
-                f"a model with {size - 1 - model.nq - model.nv} states beyond qpos and qvel is not supported"
-            )
+            extra = size - 1 - model.nq - model.nv
+            raise ValueError(f"a model with {extra} states beyond qpos and qvel is not supported")
         self._state = np.zeros((n, size))  # MuJoCo's order: time, qpos, qvel
         self.qpos = self._state[:, 1 : 1 + model.nq]
         self.qvel = self._state[:, 1 + model.nq :]
         self.states = self._state[:, 1:]
         self.sensors = np.zeros((n, model.nsensordata))
-        self._rollout = Rollout(
-            nthread=n_threads if n_threads > 1 else 0
-        )  # 0: on the calling thread
+        self._rollout = Rollout(nthread=n_threads if n_threads > 1 else 0)  # 0: the calling thread
         self._data = [mujoco.MjData(model) for _ in range(n_threads)]
         self.place(np.arange(n), model.qpos0, np.zeros(model.nv))
 
     def place(self, who: np.ndarray, qpos: np.ndarray, qvel: np.ndarray) -> None:
-        """Put the copies with the indices who (k,) into states: qpos (k, nq), qvel (k, nv), or one for all."""
+        """Put the copies who (k,) into states qpos (k, nq) and qvel (k, nv), or one for all."""
         self.qpos[who], self.qvel[who] = qpos, qvel
         if self.model.nsensordata:
             data = self._data[0]
@@ -59,7 +61,7 @@ class Simulation:
                 self.sensors[i] = data.sensordata
 
     def step(self, who: np.ndarray, control: np.ndarray, n_substeps: int) -> None:
-        """n_substeps of the copies who (k,), each with its row of control (k, nu)."""
+        """Advance the copies who (k,) by n_substeps, each with its row of control (k, nu)."""
         if not len(who):
             return
         start = self._state[who]
@@ -79,22 +81,22 @@ class Simulation:
 
 
 def load_spec(package: str, xml: str) -> mujoco.MjSpec:
-    """A model's XML out of an installed package, which is not imported. Raises TaskError where the package is missing."""
+    """A model from an XML file inside an installed package, without importing the package.
+
+    Raises TaskError if the package is missing.
+    """
     found = find_spec(package)
     if found is None:
-        name = package.replace("_", "-")
-        raise TaskError(
-            f"the package {name} is missing, and this task's model is in it: pip install -r requirements.txt"
-        )
+        what = f"the package {package.replace('_', '-')} is missing, and this task's model is in it"
+        raise TaskError(f"{what}: pip install -r requirements.txt")
     return mujoco.MjSpec.from_file(str(Path(found.submodule_search_locations[0]) / xml))
 
 
 def compile_spec(spec: mujoco.MjSpec) -> mujoco.MjModel:
-    """The model, its contacts made where D4RL's MuJoCo made them (margins_add)."""
+    """The model, with contacts at the distances of D4RL's MuJoCo (see margins_add)."""
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message=".*settotalmass"
-        )  # half_cheetah.xml's; nothing that a user could mend
+        # About an attribute in half_cheetah.xml: the user can do nothing about it.
+        warnings.filterwarnings("ignore", message=".*settotalmass")
         model = spec.compile()
     if margins_add():
         model.geom_margin[:] *= 0.5
@@ -103,10 +105,12 @@ def compile_spec(spec: mujoco.MjSpec) -> mujoco.MjModel:
 
 @lru_cache(maxsize=1)
 def margins_add() -> bool:
-    """Whether this MuJoCo adds two geoms' contact margins, as from 3.5 on, or takes their maximum.
+    """Whether this MuJoCo adds the contact margins of two geoms, as from 3.5 on.
 
-    D4RL's took the maximum. Where they add, halving them all restores it for geoms of equal margin, as all are that matter.
-    Tried on two spheres 0.15 apart with a margin of 0.1 each, which touch only if it adds, rather than read off a version number.
+    Older versions, D4RL's among them, take the maximum. Where margins add, halving them all
+    restores the maximum for geoms of equal margin, and all that matter here are equal. Instead of
+    reading a version number, this tries two spheres 0.15 apart with a margin of 0.1 each: they
+    touch only if margins add.
     """
     sphere = '<body pos="0 0 {}"><freejoint/><geom size="1" margin="0.1"/></body>'
     xml = f"<mujoco><worldbody>{sphere.format(0)}{sphere.format(2.15)}</worldbody></mujoco>"
@@ -117,17 +121,21 @@ def margins_add() -> bool:
 
 
 def checked_actions(actions: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Actions as float64, clipped to [-1, 1] as D4RL does. TaskError if not finite or of another shape."""
+    """Actions as float64, clipped to [-1, 1] as D4RL does.
+
+    Raises TaskError if they are not finite or not of this shape.
+    """
     actions = np.asarray(actions, dtype=np.float64)
     if actions.shape != shape:
-        raise TaskError(
-            f"actions have shape {actions.shape}, not {shape}; give {shape[-1]} numbers for each episode"
-        )
+        what = f"actions have shape {actions.shape}, not {shape}"
+        raise TaskError(f"{what}; give {shape[-1]} numbers for each episode")
     if not np.isfinite(actions).all():
         raise TaskError("actions hold NaN or infinity; check the policy that made them")
     return np.clip(actions, -1.0, 1.0)
 
 
 def available_cores() -> int:
-    """The cores this process may use, which in a container can be fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The cores this process may use: in a container they can be fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,4 +1,9 @@
-"""What every task has in common: its name, score and limits, the evaluation of many episodes at once, its data, its error."""
+"""What all tasks share: limits and scores, evaluation of many episodes at once, data, errors.
+
+Task, World, Episodes       a task, episodes of it side by side, and what an evaluation returns
+Dataset, finite, in_box     transitions for Q-learning, and the checks of their numbers
+TaskError                   raised for every kind of bad input
+"""
 
 import zlib
 from collections.abc import Callable
@@ -11,24 +16,31 @@ from matplotlib.figure import Figure
 
 from atomic import written_whole
 
-LINE, END, EXPERT = "#0072b2", "#d55e00", "#555555"  # of the picture
+ACTION_SLACK = 1e-3  # how far outside [-1, 1] an action in a data set may lie
+
+# For the pictures.
+LINE, END, EXPERT = "#0072b2", "#d55e00", "#555555"
+TITLE_SIZE = 9  # points: of the title's two lines, the data set's label is long and must fit
 
 
 class TaskError(RuntimeError):
-    """Bad input to a task or its data. The message is one line: what is wrong and what to do about it."""
+    """Bad input to a task or its data. The message is one line: what is wrong and what to do."""
 
 
 def one_line(text: object) -> str:
-    """For a message: another library's text, its line ends and runs of blanks made single blanks."""
+    """Another library's message on one line: each run of white space becomes one blank."""
     return " ".join(str(text).split())
+
+
+# ---- Data ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Dataset:
     """Transitions (s, a, r, s', done) for Q-learning, and where they came from.
 
-    label is what a score trained on them is quoted for, source its short form for file names, and reason says in one
-    line why this source was taken.
+    Scores are quoted with `label`. `source` is its short form for file names. `reason` says in one
+    line why this source was chosen.
     """
 
     task: str
@@ -39,15 +51,13 @@ class Dataset:
     actions: np.ndarray  # (N, A) float32
     next_observations: np.ndarray  # (N, S) float32
     rewards: np.ndarray  # (N,) float32
-    terminals: (
-        np.ndarray
-    )  # (N,) bool: the episode truly ended here, so nothing is bootstrapped from next_observations
+    terminals: np.ndarray  # (N,) bool: the episode truly ended, so do not bootstrap from s'
 
     def __len__(self) -> int:
         return len(self.rewards)
 
     def fingerprint(self) -> dict:
-        """What a resumed run must find again, and what its scores are quoted for."""
+        """Identifies the data: a resumed run must load the same, and scores are quoted with it."""
         crc = 0
         for column in (self.observations, self.actions, self.rewards, self.terminals):
             crc = zlib.crc32(column, crc)  # columns are contiguous: no copy
@@ -60,36 +70,72 @@ class Dataset:
         }
 
 
+def finite(rows: np.ndarray, where: str, first: int = 0) -> np.ndarray:
+    """The rows as float32.
+
+    Raises TaskError if a value is not finite. The message names `where` and the row's number,
+    counted from `first`.
+    """
+    # A float64 beyond float32's range becomes inf and is reported as such.
+    with np.errstate(over="ignore"):
+        rows = rows.astype(np.float32, copy=False)
+    good = np.isfinite(rows)
+    if not good.all():
+        place = tuple(np.argwhere(~good)[0])
+        found = f"{where} has {rows[place]} in row {first + place[0]}"
+        raise TaskError(f"{found}; repair the data or use others")
+    return rows
+
+
+def in_box(actions: np.ndarray, where: str, first: int = 0) -> np.ndarray:
+    """The actions as float32, checked by finite().
+
+    Also raises TaskError if an action lies more than ACTION_SLACK outside [-1, 1].
+    """
+    actions = finite(actions, where, first)
+    outside = np.abs(actions) > 1 + ACTION_SLACK
+    if outside.any():
+        row, column = np.argwhere(outside)[0]
+        value = f"{actions[row, column]:.4g} in row {first + row}"
+        raise TaskError(f"{where} has {value}, outside [-1, 1]; scale the actions to that box")
+    return actions
+
+
+# ---- Episodes and tasks --------------------------------------------------------------------------
+
+
 class World:
     """n episodes of a task side by side. A context manager.
 
-    simulation (tasks.simulation.Simulation) holds their physics. All randomness is drawn from the rng that is handed in.
+    `simulation`, a tasks.simulation.Simulation, holds their physics. All randomness is drawn from
+    the rng that is passed in.
     """
 
     simulation = None
     observations: np.ndarray  # (n, S) float64
 
     def reset(self, who: np.ndarray, rng: np.random.Generator) -> None:
-        """Begin new episodes for those with the indices who (k,)."""
+        """Start new episodes for the indices who (k,)."""
         raise NotImplementedError
 
     def place(
         self, who: np.ndarray, qpos: np.ndarray, qvel: np.ndarray, rng: np.random.Generator
     ) -> None:
-        """Put episodes into states: qpos (k, nq), qvel (k, nv), or one for all."""
+        """Put the episodes who (k,) into states qpos (k, nq) and qvel (k, nv), or one for all."""
         self.simulation.place(who, qpos, qvel)
 
     def step(
         self, who: np.ndarray, actions: np.ndarray, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
-        """One environment step with actions (k, A), clipped to [-1, 1]. -> rewards (k,), whether an episode is terminated (k,)
+        """One environment step with actions (k, A), which are clipped to [-1, 1].
 
-        Raises TaskError for actions that are not finite or of another shape.
+        -> rewards (k,), whether each episode is terminated (k,). Raises TaskError if the actions
+        are not finite or have another shape.
         """
         raise NotImplementedError
 
     def show(self, model) -> None:
-        """Change a copy of the model to show, in a picture, what else the first episode is about."""
+        """Change a copy of the model so that a picture shows the first episode's goal, if any."""
 
     def __enter__(self) -> "World":
         return self
@@ -100,21 +146,23 @@ class World:
 
 @dataclass(frozen=True)
 class Episodes:
-    """Episodes of one evaluation: returns (N,), lengths (N,) in environment steps, whether each was terminated (N,), and each
-    one's rewards (length,)."""
+    """The N episodes of one evaluation."""
 
-    returns: np.ndarray
-    lengths: np.ndarray
-    terminated: np.ndarray
-    rewards: list[np.ndarray]
+    returns: np.ndarray  # (N,)
+    lengths: np.ndarray  # (N,) environment steps
+    terminated: np.ndarray  # (N,) bool; False: stopped at the episode limit
+    rewards: list[np.ndarray]  # N arrays (length,)
 
 
 @dataclass(frozen=True)
 class Task:
-    """One of D4RL's tasks. A plain value; tasks.get(name) returns one."""
+    """One of D4RL's tasks. A plain value; tasks.get(name) returns one.
+
+    Raises TaskError if the reference scores are not finite or not ref_min < ref_max.
+    """
 
     name: str  # "hopper-medium-v2"
-    dataset_file: str  # below D4RL's base URL
+    dataset_file: str  # path below D4RL's base URL
     state_dim: int
     action_dim: int
     episode_limit: int  # environment steps
@@ -122,16 +170,14 @@ class Task:
     ref_max: float  # return of an expert, by D4RL
     max_action: ClassVar[float] = 1.0
     family: ClassVar[str]  # "antmaze", "locomotion", "adroit", "kitchen"
-    can_generate: ClassVar[bool] = False  # whether data can be made here (tasks.generate)
-    step_seconds: ClassVar[float]  # of simulated time in one environment step
+    can_generate: ClassVar[bool] = False  # whether tasks.generate can make data for it
+    step_seconds: ClassVar[float]  # simulated time of one environment step
 
     def __post_init__(self):
-        if (
-            not -np.inf < self.ref_min < self.ref_max < np.inf
-        ):  # NaN, which some of D4RL's own tasks have, included
-            raise TaskError(
-                f"{self.name} has no reference scores ({self.ref_min}, {self.ref_max}): its returns cannot be normalised"
-            )
+        # NaN fails this too: some of D4RL's own tasks have it.
+        if not -np.inf < self.ref_min < self.ref_max < np.inf:
+            what = f"{self.name} has no reference scores ({self.ref_min}, {self.ref_max})"
+            raise TaskError(f"{what}: its returns cannot be normalised")
 
     def normalized_score(self, returns: np.ndarray) -> np.ndarray:
         """D4RL's score: 0 for ref_min to 100 for ref_max."""
@@ -142,7 +188,7 @@ class Task:
         raise NotImplementedError
 
     def camera(self, model):
-        """Where tasks.env films the task's model from."""
+        """The viewpoint from which tasks.env films this task's model: a mujoco.MjvCamera."""
         raise NotImplementedError
 
     def evaluate(
@@ -153,80 +199,69 @@ class Task:
         n_threads: int | None = None,
         on_step: Callable[[int, int], None] | None = None,
     ) -> Episodes:
-        """Run n_episodes at once, with one call of act for all of them each step.
+        """Run n_episodes at once, with one call of act a step for all that still run.
 
-        act maps the observations (k, S) float32 of k running episodes to actions (k, A) in [-1, 1];
-        on_step(t, k), if given, is called after step t with the k that are left. seed and act determine all.
+        act maps the observations (k, S) float32 of k running episodes to actions (k, A) in [-1, 1].
+        on_step(t, k), if given, is called after step t with the number k still running. The result
+        depends on seed and act only.
 
-        Raises TaskError for actions that are not finite or of another shape, and for no episodes.
+        Raises TaskError if n_episodes is less than 1, or if actions are not finite or have another
+        shape.
         """
         if n_episodes < 1:
             raise TaskError(f"an evaluation needs at least one episode, not {n_episodes}")
-        rng, alive = np.random.default_rng(seed), np.arange(n_episodes)
-        rewards, lengths = (
-            np.zeros((self.episode_limit, n_episodes)),
-            np.full(n_episodes, self.episode_limit),
-        )
+        rng = np.random.default_rng(seed)
+        running = np.arange(n_episodes)
+        rewards = np.zeros((self.episode_limit, n_episodes))
+        lengths = np.full(n_episodes, self.episode_limit)
         terminated = np.zeros(n_episodes, bool)
         with self.world(n_episodes, n_threads) as world:
-            world.reset(alive, rng)
+            world.reset(running, rng)
             for t in range(self.episode_limit):
-                rewards[t, alive], over = world.step(
-                    alive, act(world.observations[alive].astype(np.float32)), rng
-                )
-                terminated[alive[over]], lengths[alive[over]] = True, t + 1
-                alive = alive[~over]
+                actions = act(world.observations[running].astype(np.float32))
+                rewards[t, running], over = world.step(running, actions, rng)
+                terminated[running[over]] = True
+                lengths[running[over]] = t + 1
+                running = running[~over]
                 if on_step is not None:
-                    on_step(t + 1, len(alive))
-                if not len(alive):
+                    on_step(t + 1, len(running))
+                if not len(running):
                     break
         each = [rewards[:length, i].copy() for i, length in enumerate(lengths)]
         return self._finish(world, Episodes(rewards.sum(axis=0), lengths, terminated, each))
 
     def _finish(self, world: World, episodes: Episodes) -> Episodes:
-        """The episodes, with whatever else this task's world has seen of them."""
+        """For subclasses: add what else the world recorded about the episodes."""
         return episodes
 
     def draw(self, episodes: Episodes, path: str | Path, title: str) -> None:
-        """Draw what the episodes did as a PNG file, atomically. Raises TaskError if it cannot be written."""
+        """Draw the episodes to a PNG file, atomically. Raises TaskError if it cannot be written."""
         try:
             with written_whole(path) as temporary:
                 self._figure(episodes, title).savefig(temporary, dpi=120, format="png")
         except OSError as error:
-            raise TaskError(
-                f"cannot write the picture {path}: {error.strerror or error}"
-            ) from error
+            reason = error.strerror or error
+            raise TaskError(f"cannot write the picture {path}: {reason}") from error
 
     def _figure(self, episodes: Episodes, title: str) -> Figure:
-        """Every episode's return so far, step by step, with a mark where it was terminated."""
+        """Each episode's return so far, step by step, with a dot where it was terminated."""
         figure = Figure(figsize=(7.0, 4.5), layout="constrained")
         axes = figure.add_subplot(xlabel="environment step", ylabel="return so far")
         faint = float(np.interp(len(episodes.rewards), [10, 100], [0.8, 0.35]))
+        edge = {"markeredgecolor": "white", "markeredgewidth": 0.5}
         for rewards, over in zip(episodes.rewards, episodes.terminated):
             total = np.concatenate([[0.0], np.cumsum(rewards)])
             axes.plot(total, color=LINE, linewidth=1.0, alpha=faint)
             if over:
-                axes.plot(
-                    len(rewards),
-                    total[-1],
-                    "o",
-                    color=END,
-                    markersize=4,
-                    markeredgecolor="white",
-                    markeredgewidth=0.5,
-                )
+                axes.plot(len(rewards), total[-1], "o", color=END, markersize=4, **edge)
         ended = f"terminated: {int(episodes.terminated.sum())} of {len(episodes.returns)}"
         axes.plot([], [], "o", color=END, markersize=4, label=ended)
-        if self.ref_max < 2 * max(
-            episodes.returns.max(), 1e-9
-        ):  # where it is near enough to leave room for the rest
-            axes.axhline(
-                self.ref_max, color=EXPERT, linewidth=0.8, linestyle="--", label="D4RL's expert"
-            )
+        # Show the expert's return only where it does not squeeze the rest.
+        if self.ref_max < 2 * max(episodes.returns.max(), 1e-9):
+            line = {"color": EXPERT, "linewidth": 0.8, "linestyle": "--"}
+            axes.axhline(self.ref_max, **line, label="D4RL's expert")
         axes.legend(frameon=False, loc="upper left")
-        axes.set_title(
-            title, fontsize=9
-        )  # two lines, the second the data's name, must fit the width
+        axes.set_title(title, fontsize=TITLE_SIZE)
         axes.margins(x=0.01)
         axes.spines[["top", "right"]].set_visible(False)
         return figure

@@ -1,4 +1,4 @@
-"""What kernel tests compare with: networks, agents, batches and noise; eager, rounded or float64."""
+"""What the kernels are compared with: networks and agents, eager, rounded or in float64."""
 
 import copy
 

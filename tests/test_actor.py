@@ -1,4 +1,4 @@
-"""The fused actor: candidates and values against float64, the choice against softmax of Q. On a CPU in Triton's interpreter."""
+"""kernels/actor.py: candidates and values against float64, the choice against softmax of Q."""
 
 import copy
 import math
@@ -12,8 +12,8 @@ import torch
 from conftest import ROOT
 
 triton = pytest.importorskip("triton", reason="triton has no package for this platform")
-import triton.language as tl  # noqa: E402
 import hopper  # noqa: E402
+import triton.language as tl  # noqa: E402
 from reference import (  # noqa: E402
     DEVICE,
     actor_tile,
@@ -21,6 +21,7 @@ from reference import (  # noqa: E402
     eager_at,
     error,
     exact,
+    make_batch,
     make_critic,
     make_noise,
     make_policy,
@@ -34,7 +35,7 @@ from kernels.ops import gumbels  # noqa: E402
 from kernels.packing import HIDDEN_DIMS, PRECISIONS  # noqa: E402
 from kernels.tiles import choose_actor_tile  # noqa: E402
 
-# states, candidates, state, action, hidden, T. Enough states that an error is not one number's luck.
+# states, candidates, state, action, hidden, T; enough states that no error is one number's luck.
 SIZES = [
     (4, 50, 29, 8, 128, 2),
     (6, 17, 11, 3, 256, 2),
@@ -54,31 +55,36 @@ def make_inputs(policy, n_states, n_candidates):
     return make_noise(policy, n_states, seed=5)[0], x_T, noises, make_gumbel(n_states, n_candidates)
 
 
+def chosen(actor, best):
+    """Of each state the candidate whose number is in best."""
+    n_states = len(best)
+    return actor.candidates.view(n_states, actor.n_candidates, -1)[torch.arange(n_states), best]
+
+
 def assert_decisions_are_right(sizes, precision, gain, size, limit):
-    """Candidates and values err at most limit times as much as eager ones, and the choice follows from them."""
+    """Candidates and values err at most limit times as much as eager ones at the same precision.
+
+    And the action is the candidate that they and the Gumbel noise choose.
+    """
     n_states, n_candidates, state_dim, action_dim, hidden_dim, T = sizes
     policy = make_policy(state_dim, action_dim, hidden_dim=hidden_dim, n_timesteps=T, gain=gain)
     critic = make_critic(state_dim, action_dim, hidden_dim=hidden_dim, gain=gain)
     state, x_T, noises, gumbel = make_inputs(policy, n_states, n_candidates)
     actor = FusedActor(policy, critic, n_candidates, precision)
-    action = actor(
-        state, x_T, noises, gumbel, tile=actor_tile(size, n_candidates, precision, hidden_dim)
-    )
+    tile = actor_tile(size, n_candidates, precision, hidden_dim)
+    action = actor(state, x_T, noises, gumbel, tile=tile)
 
     repeated = state.repeat_interleave(n_candidates, 0)
     expected = exact(policy, repeated, x_T, noises)
     eager = error(eager_at(policy, precision, repeated, x_T, noises), expected)
     assert error(actor.candidates, expected) <= limit * eager
     # The critic is judged on the fused candidates, or it would inherit their error.
-    exact_q = torch.minimum(
-        *copy.deepcopy(critic).double()(repeated.double(), actor.candidates.double())
-    )[:, 0]
+    exact_critic = copy.deepcopy(critic).double()
+    exact_q = torch.minimum(*exact_critic(repeated.double(), actor.candidates.double()))[:, 0]
     eager = error(critic_at(critic, precision, repeated, actor.candidates), exact_q)
     assert error(actor.values, exact_q) <= limit * eager
     best = (actor.values.view(n_states, n_candidates) + gumbel).argmax(1)
-    assert torch.equal(
-        action, actor.candidates.view(n_states, n_candidates, -1)[torch.arange(n_states), best]
-    )
+    assert torch.equal(action, chosen(actor, best))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -89,7 +95,7 @@ def assert_decisions_are_right(sizes, precision, gain, size, limit):
         *((sizes, *how) for sizes in SIZES[1:3] for how in ((3.0, "small"), (1.0, "large"))),
     ],
 )
-def test_candidates_and_values_err_no_more_than_allowed(sizes, precision, gain, size):
+def test_candidates_and_values_are_about_as_exact_as_eager_ones(sizes, precision, gain, size):
     assert_decisions_are_right(sizes, precision, gain, size, allowed(precision, DEVICE == "cuda"))
 
 
@@ -114,8 +120,7 @@ def test_a_greedy_actor_takes_the_best_candidate():
     state, x_T, noises, _ = make_inputs(policy, 3, 20)
     actor = FusedActor(policy, critic, 20, greedy=True)
     action = actor(state, x_T, noises)
-    best = actor.values.view(3, 20).argmax(1)
-    assert torch.equal(action, actor.candidates.view(3, 20, -1)[torch.arange(3), best])
+    assert torch.equal(action, chosen(actor, actor.values.view(3, 20).argmax(1)))
 
 
 @triton.jit
@@ -130,7 +135,8 @@ def drawn_gumbels(n, seed=7, call=0, step=1, block=1024):
     return out[:n]
 
 
-def test_drawn_gumbel_noise_has_its_distribution_and_is_independent_of_other_calls_steps_and_rows():
+def test_drawn_gumbel_noise_has_the_gumbel_distribution():
+    """And is independent of that of other calls, steps and rows."""
     n = 1 << 15
     drawn = [drawn_gumbels(n, call=call, step=step) for call in (0, 1) for step in (1, 6)]
     for out in drawn:
@@ -150,27 +156,22 @@ def test_a_choice_is_the_argmax_of_value_and_drawn_gumbel_noise():
     for call in range(2):
         action = actor(state)
         values = actor.values.view(n_states, n)
-        gumbel = drawn_gumbels(n_states * n, seed=3, call=call, step=policy.n_timesteps + 1).view(
-            n_states, n
-        )
-        best = (values + gumbel).argmax(1)
-        assert torch.equal(
-            action, actor.candidates.view(n_states, n, -1)[torch.arange(n_states), best]
-        )
+        gumbel = drawn_gumbels(n_states * n, seed=3, call=call, step=policy.n_timesteps + 1)
+        best = (values + gumbel.view(n_states, n)).argmax(1)
+        assert torch.equal(action, chosen(actor, best))
         unmoved += int((best == values.argmax(1)).sum())
     assert unmoved < 2 * n_states, "the noise never mattered"
 
 
-def test_values_with_drawn_gumbel_noise_are_picked_as_often_as_softmax_says():
+def test_drawn_gumbel_noise_picks_values_as_softmax_does():
     q, n = torch.tensor([0.0, -1.0, 2.0, 0.5], device=DEVICE), 1 << 13
     counts = torch.bincount((q + drawn_gumbels(4 * n).view(n, 4)).argmax(1), minlength=4)
     expected = n * torch.softmax(q.double(), 0)
-    assert ((counts - expected) ** 2 / expected).sum() < 16.27, (
-        f"{counts.tolist()}, expected {expected.tolist()}"
-    )  # 0.1 %
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    assert chi_square < 16.27, f"{counts.tolist()}, expected {expected.tolist()}"  # 0.1 %
 
 
-def test_draws_do_not_depend_on_the_tile_nor_on_how_many_states_there_are():
+def test_draws_depend_neither_on_the_tile_nor_on_other_states():
     policy, critic = make_policy(29, 8, n_timesteps=2), make_critic(29, 8)
     state = make_noise(policy, 3)[0]
     actor = FusedActor(policy, critic, 20, "fp32")
@@ -187,19 +188,15 @@ def test_calls_differ_and_a_seed_repeats():
     first, second = actor(state), actor(state)
     assert (first - second).abs().mean() > 0.05
     assert torch.equal(actor(state, seed=3), actor(state, seed=3))
-    assert torch.equal(
-        FusedActor(policy, critic, 10)(state), first
-    )  # the first call of an actor of the same seed
+    assert torch.equal(FusedActor(policy, critic, 10)(state), first)  # another of the same seed
 
 
 def test_every_action_is_written_and_nothing_past_the_end():
     policy, critic = make_policy(17, 6), make_critic(17, 6)
     actor = FusedActor(policy, critic, 20)
     memory = torch.full((9, 6), math.nan, device=DEVICE)
-    actor.candidates, actor.values = (
-        torch.full((100, 6), math.nan, device=DEVICE),
-        torch.full((100,), math.nan, device=DEVICE),
-    )
+    actor.candidates = torch.full((100, 6), math.nan, device=DEVICE)
+    actor.values = torch.full((100,), math.nan, device=DEVICE)
     actor.done = torch.zeros(5, dtype=torch.int32, device=DEVICE)
     actor(make_noise(policy, 3)[0], out=memory[2:5])
     assert memory[2:5].isfinite().all() and memory[:2].isnan().all() and memory[5:].isnan().all()
@@ -221,34 +218,23 @@ def test_networks_changed_after_packing_are_packed_again():
 
 
 def test_updates_of_an_agent_reach_its_actor():
-    """Its fused Adam raises no version counter."""
+    """Though its fused Adam raises no version counter."""
     agent = DiffusionQL(11, 3, hidden_dim=128, lr=1e-2, critic_lr=1e-2, tau=0.5, device=DEVICE)
     state, x_T, noises, gumbel = make_inputs(agent.policy, 2, 10)
     actor = FusedActor(agent.policy, agent.critic_target, 10, "fp32")
     actor(state, x_T, noises, gumbel)
     before = actor.candidates.clone()
-    batch = (
-        torch.randn(32, 11),
-        torch.rand(32, 3),
-        torch.randn(32, 11),
-        torch.randn(32, 1),
-        torch.ones(32, 1),
-    )
-    agent.update([x.to(DEVICE) for x in batch])
+    agent.update(make_batch(agent, 32))
     actor(state, x_T, noises, gumbel)
     assert not torch.equal(actor.candidates, before)
     repeated = state.repeat_interleave(10, 0)
-    torch.testing.assert_close(
-        actor.candidates,
-        agent.policy.sample(repeated, x_T=x_T, noises=noises).detach(),
-        rtol=0,
-        atol=2e-5,
-    )
+    expected = agent.policy.sample(repeated, x_T=x_T, noises=noises).detach()
+    torch.testing.assert_close(actor.candidates, expected, rtol=0, atol=2e-5)
     q = torch.minimum(*agent.critic_target(repeated, actor.candidates))[:, 0]
     torch.testing.assert_close(actor.values, q, rtol=1e-5, atol=1e-5)
 
 
-def test_a_value_that_is_not_a_number_gives_an_action_that_is_not_and_spares_other_states():
+def test_a_value_of_nan_makes_the_action_of_its_state_alone_nan():
     policy, critic = make_policy(), make_critic()
     state = make_noise(policy, 3)[0]
     state[1, 0] = math.nan
@@ -261,9 +247,8 @@ def test_a_value_that_is_not_a_number_gives_an_action_that_is_not_and_spares_oth
     "n_states, n_candidates", [(1, 1), (1, 50), (100, 50), (4096, 50), (4096, 200)]
 )
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_programs_rows_belong_to_one_state_so_there_are_at_most_64(
-    n_states, n_candidates, precision
-):
+def test_tiles_have_at_most_64_rows(n_states, n_candidates, precision):
+    """The rows of a program belong to one state."""
     for arch in (80, 90, 100):
         for hidden_dim in HIDDEN_DIMS:
             assert choose_actor_tile(n_states, n_candidates, precision, arch, hidden_dim).rows <= 64
@@ -324,20 +309,10 @@ torch.cuda.synchronize()
 def test_compute_sanitizer_finds_nothing(tool):
     # Errors of the API are not the kernels': torch probes for what a driver may lack.
     options = ["--report-api-errors", "no"] if tool == "memcheck" else []
-    command = [
-        "compute-sanitizer",
-        "--tool",
-        tool,
-        *options,
-        "--error-exitcode",
-        "3",
-        sys.executable,
-        "-c",
-        SANITIZED,
-    ]
-    environment = os.environ | {
-        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"
-    }  # so that each tensor has bounds of its own
+    options += ["--tool", tool, "--error-exitcode", "3"]
+    command = ["compute-sanitizer", *options, sys.executable, "-c", SANITIZED]
+    # Without caching each tensor has bounds of its own.
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     try:
         done = subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110

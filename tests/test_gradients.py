@@ -1,6 +1,6 @@
-"""kernels/gradients.py and training.py: an update's gradients, as exact as eager ones.
+"""kernels/gradients.py and training.py: an update's gradients are as exact as eager ones.
 
-Both are compared with float64, at sizes that fill no tile.
+Fused and eager gradients are compared with float64, at sizes that fill no tile.
 """
 
 import pytest

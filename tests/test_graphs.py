@@ -288,7 +288,7 @@ def test_an_observation_of_another_shape_is_refused(cuda_graphs, n_states, shape
     if fits:
         assert np.array_equal(act(np.ones(shape)), np.full((*shape[:-1], 2), 2.0))
     else:
-        # numpy would repeat it.
+        # numpy alone would broadcast it.
         with pytest.raises(UnsupportedError, match="captured for"):
             act(np.ones(shape))
         assert (act.state == 0).all()

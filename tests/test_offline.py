@@ -1,6 +1,7 @@
-"""What ptxas makes of the kernels for GPUs that are not here: no spills worth the name, matrix units used, chips not overrun.
+"""bench/offline.py: kernels compiled for GPUs that are not here fit them and use their units.
 
-Compiled in a process of its own: here kernels are defined for the interpreter. Sizes are antmaze's, 50 candidates.
+They are compiled in a process of its own, since in this one they are defined for the interpreter.
+Sizes are antmaze's, with 50 candidates.
 """
 
 import json
@@ -22,15 +23,14 @@ CASES = [
     *(f"sampler {size} 256 fp16" for size in ("small", "large")),
     *(f"actor {size} {hidden} fp16" for size in ("small", "large") for hidden in (128, 512)),
     # The critics' weight gradients and Adam are the policy's kernels with other constants.
-    *(
-        f"update {kernel} 256 fp16"
-        for kernel in ("sample", "fit", "climb", "weight_gradients policy")
-    ),
-    *(f"update {kernel} 256 fp16" for kernel in ("time_gradient", "adam policy", "finish")),
+    *(f"update {kernel} 256 fp16" for kernel in ("sample", "fit", "climb")),
+    *(f"update {kernel} 256 fp16" for kernel in ("weight_gradients policy", "time_gradient")),
+    *(f"update {kernel} 256 fp16" for kernel in ("adam policy", "finish")),
     *(f"update climb 256 {precision}" for precision in ("tf32", "fp16x3", "fp32")),
 ]
 NO_PRODUCTS = ("time_gradient", "adam", "finish")  # or small ones in float32
-# Words spilled at most, loads and stores together, 0 where nothing stands here: what Triton 3.6.0 or 3.8.0 did, whichever spilled more.
+# The most words that may be spilled, loads and stores together; 0 for those not listed. It is what
+# Triton 3.6.0 or 3.8.0 spilled, whichever spilled more.
 SPILLED = {
     (80, "actor small 256 fp16"): 22,
     (80, "actor small 256 tf32"): 20,
@@ -77,12 +77,13 @@ def uninterpreted(*arguments) -> list:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+def by_case(findings: list) -> dict:
+    """(sm, case) -> what was found."""
+    return {(found["arch"], found["case"]): found for found in findings}
+
+
 def compile_cases(*options) -> dict:
-    """(sm, case) -> what bench.offline found."""
-    return {
-        (found["arch"], found["case"]): found
-        for found in uninterpreted("-m", "bench.offline", *options)
-    }
+    return by_case(uninterpreted("-m", "bench.offline", *options))
 
 
 @pytest.fixture(scope="module")
@@ -92,37 +93,28 @@ def compiled():
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("arch", SHARED)
-def test_a_kernel_fits_the_chip_spills_no_more_than_known_and_uses_its_matrix_units(
-    compiled, arch, case
-):
+def test_a_kernel_fits_the_chip_and_uses_its_matrix_units(compiled, arch, case):
+    """And spills no more than is known."""
     found = compiled[arch, case]
     assert found["instructions"] > 700, "compiled to a trap"
-    if (
-        found["UTCHMMA"] == 0
-    ):  # what allocates the tensor memory of sm_100 brings a check that traps
-        assert found["BPT"] == 0
+    # On sm_100 the allocation of tensor memory brings a check that may trap.
+    assert found["BPT"] == 0 or found["UTCHMMA"] > 0
     assert found["shared"] <= SHARED[arch] and found["undefined"] == 0
     assert found["LDL"] + found["STL"] <= SPILLED.get((arch, case), 0)
+    products = found["HGMMA"] + found["UTCHMMA"] + found["HMMA"]
     if any(name in case for name in NO_PRODUCTS):
-        assert found["HGMMA"] + found["UTCHMMA"] + found["HMMA"] == 0
+        assert products == 0
     elif case.endswith("fp32"):
-        assert found["FFMA"] > 1000 and found["HGMMA"] + found["UTCHMMA"] + found["HMMA"] == 0
-    elif (
-        arch == 90 and "weight_gradients" not in case
-    ):  # whose tiles of 32 outputs are too low for a warp group
+        assert found["FFMA"] > 1000 and products == 0
+    elif arch == 90 and "weight_gradients" not in case:
         assert found["HGMMA"] > 0
-    else:
+    else:  # weight_gradients' tiles of 32 outputs are too low for sm_90's groups of warps
         assert found["UTCHMMA"] + found["HMMA"] > 0
 
 
 def test_the_default_fits_cards_with_little_shared_memory():
-    found = compile_cases(
-        "--arch",
-        "89",
-        "--only",
-        "^(sampler|actor) large 256 fp16$",
-        "^update (sample|fit|climb) 256 fp16$",
-    )
+    only = "^(sampler|actor) large 256 fp16$", "^update (sample|fit|climb) 256 fp16$"
+    found = compile_cases("--arch", "89", "--only", *only)
     assert len(found) == 5 and max(case["shared"] for case in found.values()) <= 99 * 1024
 
 
@@ -135,24 +127,20 @@ for arch in ARCHITECTURES:
 """
 
 
-def test_the_committed_figures_are_of_every_kernel_that_is_shipped_and_each_fits_its_chip():
-    known = {
-        (found["arch"], found["case"]): found
-        for found in json.loads((RESULTS / "offline.json").read_text())["cases"]
-    }
+def test_the_committed_figures_are_of_every_shipped_kernel():
+    """And in them each kernel fits its chip."""
+    known = by_case(json.loads((RESULTS / "offline.json").read_text())["cases"])
     tiles = {(arch, name): tile for arch, name, tile in uninterpreted("-c", TODAYS_TILES)}
     assert known.keys() == tiles.keys()
     for (arch, name), found in known.items():
-        assert found["tile"] == tiles[arch, name], (
-            f"{name} on sm_{arch} has another tile: run bench.offline again"
-        )
-        assert found["shared"] <= SHARED[arch], f"{name} on sm_{arch}"
-        assert found["undefined"] == 0, (
-            f"{name} on sm_{arch} gives its assembly registers that hold nothing"
-        )
-        assert found["instructions"] > 500 and (found["BPT"] == 0 or found["UTCHMMA"] > 0), (
-            f"{name} on sm_{arch} is a trap"
-        )
+        which = f"{name} on sm_{arch}"
+        same_tile = found["tile"] == tiles[arch, name]
+        assert same_tile, f"{which} has another tile: run bench.offline again"
+        assert found["shared"] <= SHARED[arch], which
+        undefined = found["undefined"]
+        assert undefined == 0, f"{which} gives its assembly registers that hold nothing"
+        assert found["instructions"] > 500, f"{which} is a trap"
+        assert found["BPT"] == 0 or found["UTCHMMA"] > 0, f"{which} is a trap"
 
 
 def test_the_cases_are_those_that_are_shipped(compiled):

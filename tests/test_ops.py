@@ -1,4 +1,4 @@
-"""Device functions that all kernels share, in Triton's interpreter or on a GPU, and the assembly that only a GPU runs."""
+"""kernels/ops.py: the functions that all kernels share, and the assembly that only a GPU runs."""
 
 import math
 import re
@@ -29,21 +29,24 @@ def activations(u, out, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl
 
 
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
-def test_mish_is_that_of_torch_from_end_to_end(precision):
+def test_mish_is_torchs_over_the_whole_range(precision):
     u = torch.linspace(-60, 60, 4096)
     out = torch.empty_like(u, device=DEVICE)
     activations[(1,)](u.to(DEVICE), out, PRECISION=precision, ROWS=64, COLUMNS=64)
     found, expected = out.cpu().double(), exact_mish(u)
-    if (
-        DEVICE == "cuda" and precision == "fp16"
-    ):  # the difference cancels below 0, far below the rounding that follows
-        assert ((found - expected).abs() <= 1e-6 * u.abs().clamp(min=1)).all()
+    if DEVICE == "cuda" and precision == "fp16":
+        # Below 0 the difference cancels, but the error is far below the rounding that follows.
+        allowed = 1e-6 * u.abs().clamp(min=1)
     else:
-        assert ((found - expected).abs() <= 1e-6 * expected.abs() + 1e-12).all()
+        allowed = 1e-6 * expected.abs() + 1e-12
+    assert ((found - expected).abs() <= allowed).all()
 
 
 def evaluate(assembly: str, u: list) -> list:
-    """What the PTX of ops._mish_assembly gives, an instruction after the other in float32. Results overwrite no operand: =&f."""
+    """Run the PTX of ops._mish_assembly, one instruction after the other, in float32.
+
+    No result shares a register with an operand, since the constraints are =&f.
+    """
     n, registers = len(u), {f"${len(u) + i}": np.float32(x) for i, x in enumerate(u)}
 
     def value(name):
@@ -52,7 +55,7 @@ def evaluate(assembly: str, u: list) -> list:
         return registers[name]
 
     operations = {
-        "min.f32": np.fmin,  # of NaN and a number it is the number
+        "min.f32": np.fmin,  # of NaN and a number: the number
         "mul.f32": lambda a, b: a * b,
         "neg.f32": lambda a: -a,
         "ex2.approx.ftz.f32": lambda a: np.exp2(a),
@@ -69,28 +72,23 @@ def evaluate(assembly: str, u: list) -> list:
 @pytest.mark.parametrize("n", [2, 4])
 def test_the_assembly_computes_mish_of_each_of_its_elements(n):
     rng = np.random.default_rng(0)
-    for u in [
-        *rng.normal(scale=4, size=(50, n)),
-        [60.0] * n,
-        [-60.0] * n,
-        [60.0, -60.0] * (n // 2),
-    ]:
+    extremes = [60.0] * n, [-60.0] * n, [60.0, -60.0] * (n // 2)
+    for u in (*rng.normal(scale=4, size=(50, n)), *extremes):
         u = np.float32(u)
         found = np.array(evaluate(ops._mish_assembly(n), u), np.float64)
         assert (np.abs(found - exact_mish(u).numpy()) <= 5e-7 * np.maximum(np.abs(u), 1)).all(), u
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
-def test_an_element_that_is_broken_spares_those_it_shares_a_reciprocal_with(broken):
+def test_a_broken_element_spares_those_sharing_its_reciprocal(broken):
     with np.errstate(invalid="ignore"):
         found = evaluate(ops._mish_assembly(4), np.float32([0.5, broken, -2.0, 3.0]))
-    assert found[0] == pytest.approx(float(exact_mish(0.5))) and found[3] == pytest.approx(
-        float(exact_mish(3.0))
-    )
+    assert found[0] == pytest.approx(float(exact_mish(0.5)))
+    assert found[3] == pytest.approx(float(exact_mish(3.0)))
     assert not np.isfinite(found[1])
 
 
-def test_no_result_of_the_assembly_shares_a_register_with_an_operand():
+def test_the_assemblys_results_share_no_register_with_operands():
     for n, constraints in ((2, ops._REGISTERS_2), (4, ops._REGISTERS_4)):
         assert constraints.value.split(",") == ["=&f"] * n + ["f"] * n
 
@@ -101,7 +99,7 @@ def slopes(x, out, N: tl.constexpr):
     tl.store(out + i, mish_slope(tl.load(x + i)))
 
 
-def test_the_slope_of_mish_is_that_of_torch_from_end_to_end():
+def test_the_slope_of_mish_is_torchs_over_the_whole_range():
     x = torch.linspace(-100, 100, 4096, dtype=torch.float64, requires_grad=True)
     (expected,) = torch.autograd.grad(torch.nn.functional.mish(x).sum(), x)
     u = (x.detach() * math.log2(math.e)).float().to(DEVICE)
@@ -119,7 +117,8 @@ def scales(x, out, PRECISION: tl.constexpr):
 
 
 @pytest.mark.parametrize("largest", [1.0, 0.7, 3e-20, 6e30, 3e38, 0.0, math.nan, math.inf])
-def test_gradients_are_brought_to_where_fp16_has_all_its_bits(largest):
+def test_gradients_are_scaled_to_where_fp16_has_all_its_bits(largest):
+    """By a power of two, and back by its inverse. fp16x3 takes 16 times as much, fp32 nothing."""
     x, out = torch.zeros(16, 16, device=DEVICE), torch.empty(2, device=DEVICE)
     x[3, 4] = -largest
     scales[(1,)](x, out, PRECISION="fp16")
@@ -140,23 +139,15 @@ def rounded(x, out, N: tl.constexpr):
 
 
 def test_operands_of_tf32_are_rounded_not_cut_and_nan_stays():
-    half = 2.0**-11
-    # NaN as GPUs and CPUs make it, which adding would carry away. (A GPU makes infinity of those whose upper ten bits are 0.)
+    half, inf = 2.0**-11, math.inf
+    # NaN as GPUs and CPUs make it: the addition that rounds could make numbers of these. (Of NaN
+    # whose upper ten bits of fraction are 0 a GPU makes infinity.)
     bits = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000], dtype=torch.int32).view(torch.float32)
-    numbers = torch.tensor(
-        [1 + half, -1 - half, 1 + 0.99 * half, math.inf, -math.inf, 0.0, 1e-30, 3e38]
-    )
+    numbers = torch.tensor([1 + half, -1 - half, 1 + 0.99 * half, inf, -inf, 0.0, 1e-30, 3e38])
     x = torch.cat([numbers, bits, torch.zeros(5)])
     out = torch.empty(16, device=DEVICE)
     rounded[(1,)](x.to(DEVICE), out, N=16)
     out = out.cpu()
-    assert out[:7].tolist() == [
-        1 + 2 * half,
-        -1 - 2 * half,
-        1.0,
-        math.inf,
-        -math.inf,
-        0.0,
-        pytest.approx(1e-30, rel=half),
-    ]
+    small = pytest.approx(1e-30, rel=half)
+    assert out[:7].tolist() == [1 + 2 * half, -1 - 2 * half, 1.0, inf, -inf, 0.0, small]
     assert out[8:11].isnan().all() and (out[out.isfinite()].view(torch.int32) & 0x1FFF == 0).all()

@@ -1,4 +1,4 @@
-"""What the kernels read is what the networks are: packed again when they changed, and only then, and in full precision."""
+"""kernels/packing.py: networks are packed again when they have changed, only then, and exactly."""
 
 import copy
 
@@ -72,7 +72,7 @@ def test_whatever_changes_a_network_of_an_agent_is_seen(network, how, cuda_graph
         updates.run(1)
     elif how == "fused update":
         update = fused(agent, 6, "fp16", make_transitions(agent))
-        packed.refresh()  # its making has moved the weights
+        packed.refresh()  # making it has moved the weights
         update.run(1)
     else:
         agent.load_state_dict(agent.state_dict())
@@ -80,7 +80,7 @@ def test_whatever_changes_a_network_of_an_agent_is_seen(network, how, cuda_graph
 
 
 def test_the_table_of_timesteps_is_in_full_precision():
-    """Neither autocast nor products in bfloat16 or TF32, which --quick asks for, round what every chain reads."""
+    """All chains read it: neither autocast nor bfloat16 or TF32, as with --quick, may round it."""
     policy = make_policy(29, 8, hidden_dim=256)
     exact = copy.deepcopy(policy).double()
     w_time = exact.mid_layer[0].weight[:, 8:24]
@@ -106,14 +106,13 @@ def test_weights_that_a_precision_cannot_hold_are_refused(precision, most, said)
     critic.q1_model[2].weight[0, 0] = 0.99 * most
     PackedCritic([critic], precision)
     critic.q1_model[2].weight[0, 0] = 1.01 * most
-    with pytest.raises(
-        UnsupportedError, match=f"weights of the critic reach {said}, which {precision} cannot hold"
-    ):
+    beyond = f"weights of the critic reach {said}, which {precision} cannot hold"
+    with pytest.raises(UnsupportedError, match=beyond):
         PackedCritic([critic], precision)
     PackedCritic([critic], "tf32")
 
 
-def test_a_state_beyond_fp16_gives_no_action_rather_than_a_wrong_one():
+def test_a_state_beyond_fp16_gives_nan_not_a_wrong_action():
     policy, critic = make_policy(n_timesteps=2), make_critic()
     state = make_noise(policy, 4)[0]
     state[1, 0] = 1e6

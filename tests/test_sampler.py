@@ -1,4 +1,7 @@
-"""The fused sampler against the eager chain in float64, at sizes that fill no tile. On a CPU in Triton's interpreter."""
+"""kernels/sampler.py: actions as exact as the eager chain's, and the noise drawn for them.
+
+Fused and eager actions are compared with float64, at sizes that fill no tile.
+"""
 
 import math
 import os
@@ -11,9 +14,9 @@ import torch
 from conftest import ROOT
 
 triton = pytest.importorskip("triton", reason="triton has no package for this platform")
-import triton.language as tl  # noqa: E402
 import hopper  # noqa: E402
-from reference import (
+import triton.language as tl  # noqa: E402
+from reference import (  # noqa: E402
     DEVICE,
     TILES,
     eager_at,
@@ -23,7 +26,7 @@ from reference import (
     make_policy,
     needs_interpreter,
     tile,
-)  # noqa: E402
+)
 
 import kernels  # noqa: E402
 from bench.rounding import allowed  # noqa: E402
@@ -46,7 +49,7 @@ SIZES = [
 
 
 def assert_actions_are_right(sizes, precision, gain, size, limit):
-    """The error against float64 is at most limit times that of the eager chain at the same precision."""
+    """Actions err at most limit times as much as eager ones at the same precision."""
     state_dim, action_dim, hidden_dim, T, schedule, max_action = sizes
     how = dict(
         hidden_dim=hidden_dim, n_timesteps=T, schedule=schedule, max_action=max_action, gain=gain
@@ -55,9 +58,8 @@ def assert_actions_are_right(sizes, precision, gain, size, limit):
     inputs = make_noise(policy, 50 if T < 10 else 17)
     expected = exact(policy, *inputs)
     eager = error(eager_at(policy, precision, *inputs), expected)
-    fused = error(
-        FusedSampler(policy, precision)(*inputs, tile=tile(size, precision, hidden_dim)), expected
-    )
+    sampler = FusedSampler(policy, precision)
+    fused = error(sampler(*inputs, tile=tile(size, precision, hidden_dim)), expected)
     assert fused <= limit * eager, f"fused {fused:.2e}, eager {eager:.2e}"
 
 
@@ -69,7 +71,7 @@ def assert_actions_are_right(sizes, precision, gain, size, limit):
         *((sizes, *how) for sizes in SIZES[:4] for how in ((3.0, "small"), (1.0, "large"))),
     ],
 )
-def test_actions_err_no_more_than_eager_ones_allow(sizes, precision, gain, size):
+def test_actions_are_about_as_exact_as_eager_ones(sizes, precision, gain, size):
     assert_actions_are_right(sizes, precision, gain, size, allowed(precision, DEVICE == "cuda"))
 
 
@@ -78,24 +80,17 @@ def test_actions_err_no_more_than_eager_ones_allow(sizes, precision, gain, size)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_actions_are_right_in_hoppers_arithmetic(precision, gain, size, monkeypatch):
     hopper.install(monkeypatch)
-    assert_actions_are_right(
-        SIZES[1] if size == "small" else SIZES[0],
-        precision,
-        gain,
-        size,
-        allowed(precision, on_gpu=True),
-    )
+    sizes = SIZES[1] if size == "small" else SIZES[0]
+    assert_actions_are_right(sizes, precision, gain, size, allowed(precision, on_gpu=True))
 
 
 def part_and_whole(n, size):
-    """The first n of 129 rows, sampled alone and among the others, with noise given and with noise drawn."""
+    """The first n of 129 rows, sampled alone and with the others; noise is given, then drawn."""
     policy = make_policy(29, 8, n_timesteps=2)
     sampler, (state, x_T, noises) = FusedSampler(policy), make_noise(policy, 129)
-    how = dict(tile=tile(size))
-    yield (
-        sampler(state[:n], x_T[:n], noises[:, :n].contiguous(), **how),
-        sampler(state, x_T, noises, **how)[:n],
-    )
+    how, some_noises = dict(tile=tile(size)), noises[:, :n].contiguous()
+    whole = sampler(state, x_T, noises, **how)
+    yield sampler(state[:n], x_T[:n], some_noises, **how), whole[:n]
     yield sampler(state[:n], seed=4, **how), sampler(state, seed=4, **how)[:n]
 
 
@@ -108,8 +103,8 @@ def test_rows_do_not_depend_on_how_many_there_are(n, size):
 
 @pytest.mark.parametrize("size", TILES)
 @pytest.mark.parametrize("n", [1, 17])
-def test_on_a_gpu_rows_depend_on_their_neighbours_by_rounding_alone(n, size, monkeypatch):
-    """Rows that lie side by side in a tile share reciprocals: within fp16's own rounding, a thousandth."""
+def test_on_a_gpu_neighbours_change_a_row_by_rounding_alone(n, size, monkeypatch):
+    """Rows side by side in a tile share reciprocals; fp16's own rounding is up to a thousandth."""
     if DEVICE == "cpu":
         hopper.install(monkeypatch)
     for part, whole in part_and_whole(n, size):
@@ -129,10 +124,8 @@ def test_every_element_is_written_and_nothing_past_the_end(size):
 def test_several_rows_of_noise_may_belong_to_a_state():
     policy = make_policy()
     state, x_T, noises = make_noise(policy, 30)
-    together = FusedSampler(policy)(state[:10], x_T, noises)
-    assert torch.equal(
-        together, FusedSampler(policy)(state[:10].repeat_interleave(3, 0), x_T, noises)
-    )
+    sampler, repeated = FusedSampler(policy), state[:10].repeat_interleave(3, 0)
+    assert torch.equal(sampler(state[:10], x_T, noises), sampler(repeated, x_T, noises))
 
 
 def test_actions_stay_within_the_box_and_reach_it():
@@ -141,9 +134,7 @@ def test_actions_stay_within_the_box_and_reach_it():
     assert action.abs().max() == 0.5
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Noise drawn in the kernel
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Noise drawn in the kernel -------------------------------------------------------------------
 
 
 @triton.jit
@@ -159,7 +150,7 @@ def drawn(n=4096, columns=16, seed=0, call=0, step=0, tile=256):
     return out.double().cpu().numpy()
 
 
-def test_drawn_normals_have_the_moments_and_the_distribution_of_normals():
+def test_drawn_normals_have_the_distribution_of_normals():
     x = drawn(1 << 15).ravel()  # 524,288 of them: bounds are five standard errors
     n = len(x)
     assert abs(x.mean()) < 5 / n**0.5
@@ -172,7 +163,8 @@ def test_drawn_normals_have_the_moments_and_the_distribution_of_normals():
     assert distance * n**0.5 < 1.95  # Kolmogorov-Smirnov at 0.1 %
 
 
-def test_normals_of_other_rows_columns_steps_calls_and_seeds_are_independent():
+def test_drawn_normals_are_independent_of_each_other():
+    """Of other rows, columns, steps, calls and seeds."""
     x = drawn()
     others = {
         "rows": (x[:-1], x[1:]),
@@ -194,7 +186,8 @@ def test_normals_do_not_depend_on_the_tile():
     assert np.array_equal(drawn(columns=32)[:, :16], drawn(columns=16))
 
 
-def test_a_seed_gives_the_same_actions_from_any_tile_and_no_seed_gives_new_ones():
+def test_a_seed_repeats_its_actions_and_no_seed_gives_new_ones():
+    """The tile makes no difference beyond rounding."""
     policy = make_policy(29, 8, n_timesteps=2)
     sampler, state = FusedSampler(policy, "fp32"), make_noise(policy, 50)[0]
     small, large = (sampler(state, seed=3, tile=tile(size, "fp32")) for size in TILES)
@@ -202,9 +195,7 @@ def test_a_seed_gives_the_same_actions_from_any_tile_and_no_seed_gives_new_ones(
     assert torch.equal(sampler(state, seed=3), sampler(state, seed=3))
     first, second = sampler(state), sampler(state)
     assert (first - second).abs().mean() > 0.1
-    assert torch.equal(
-        FusedSampler(policy, "fp32")(state), first
-    )  # the first call of a sampler of the same seed
+    assert torch.equal(FusedSampler(policy, "fp32")(state), first)  # another of the same seed
 
 
 def test_drawn_actions_are_distributed_as_the_eager_chains():
@@ -217,9 +208,7 @@ def test_drawn_actions_are_distributed_as_the_eager_chains():
         assert ((a.mean(0) - b.mean(0)).abs() < 5 * standard_error).all()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A policy in training, and what is refused
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- A policy in training, and what is refused ---------------------------------------------------
 
 
 def test_a_policy_changed_after_packing_is_packed_again():
@@ -232,7 +221,7 @@ def test_a_policy_changed_after_packing_is_packed_again():
     assert error(after, exact(policy, *inputs)) < 1e-5
 
 
-def test_refresh_packs_what_no_version_counter_tells():
+def test_refresh_packs_changes_that_no_version_counter_shows():
     policy = make_policy()
     sampler, inputs = FusedSampler(policy, "fp32"), make_noise(policy, 17)
     policy.final_layer.bias.data += 1.0
@@ -243,11 +232,9 @@ def test_refresh_packs_what_no_version_counter_tells():
 def test_batches_that_leave_processors_idle_get_small_tiles():
     for precision in PRECISIONS:
         assert choose_tile(1, precision) == choose_tile(64, precision) == SMALL[precision]
-        assert choose_tile(1 << 20, precision, arch=90) == LARGE[precision]
-        assert choose_tile(1 << 20, precision, arch=87) == choose_tile(1 << 20, precision, arch=80)
-        assert choose_tile(1 << 20, precision, arch=103) == choose_tile(
-            1 << 20, precision, arch=100
-        )
+        large = {arch: choose_tile(1 << 20, precision, arch) for arch in (80, 87, 90, 100, 103)}
+        assert large[90] == LARGE[precision]
+        assert large[87] == large[80] and large[103] == large[100]
         for arch in LITTLE_MEMORY:
             assert choose_tile(1 << 20, precision, arch) == SMALL[precision]._replace(stages=2)
 
@@ -321,11 +308,12 @@ def test_why_not_says_why_the_kernels_cannot_run(monkeypatch):
 
 
 def test_the_kernels_tests_need_no_more_than_the_kernels_do():
-    """On a bare GPU machine there is torch, triton, numpy, safetensors and pytest: all of them are collected there."""
+    """torch, triton, numpy, safetensors and pytest are enough to collect all of them."""
     script = """
 import sys
 from importlib.machinery import PathFinder
-missing = "gymnasium gymnasium_robotics mujoco h5py minari tyro tqdm tensorboard scipy matplotlib imageio PIL ray xdist".split()
+missing = "gymnasium gymnasium_robotics mujoco h5py minari tyro tqdm tensorboard".split()
+missing += "scipy matplotlib imageio PIL ray xdist".split()
 class Bare:  # finds what is installed, but for these
     def find_spec(name, *rest):
         return None if name.partition(".")[0] in missing else PathFinder.find_spec(name, *rest)
@@ -334,16 +322,16 @@ import pytest
 from bench.all import TESTS as files
 sys.exit(pytest.main(["-q", "--collect-only", "-p", "no:cacheprovider", "-p", "no:xdist", *files]))
 """
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith("PYTEST")
-    }
+    own = "PYTEST"  # what this pytest tells the processes that it starts
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(own)}
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-2000:]
 
 
-def test_without_triton_the_package_can_be_imported_and_says_what_to_install():
+def test_without_triton_the_package_says_what_to_install():
+    """It can be imported all the same."""
     script = """
 import sys
 sys.modules["triton"] = None  # as if it were not there

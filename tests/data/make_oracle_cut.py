@@ -1,10 +1,11 @@
-"""Cut the oracle, 14 MB of numbers from the authors' released code, down to tests/data/oracle.npz, under 4 MiB.
+"""Cut 14 MB of numbers from the authors' released code down to tests/data/oracle.npz, under 4 MiB.
 
     python tests/data/make_oracle_cut.py .../oracle/released.npz
 
-The cut keeps names, types and values, so that one test reads either file. It drops update/params/*, which equal
-params/*, and keeps every 16th row of the large gradient and updated weight matrices. A row of a gradient still depends
-on the whole pass, and the norm of the whole gradient stays. Inputs, parameters and every other output stay whole.
+The cut keeps names, types and values, so that one test reads either file. It drops update/params/*,
+which equal params/*, and keeps every 16th row of the large matrices among gradients and updated
+weights. A row of a gradient still depends on the whole pass, and the norm of the whole gradient
+stays. Inputs, parameters and every other output stay whole.
 """
 
 import os
@@ -18,20 +19,19 @@ LIMIT = 4 * 2**20
 
 
 def cut(full) -> dict[str, np.ndarray]:
-    """All arrays of the oracle -> those of the cut. Raises ValueError where update/params/* are not params/*."""
+    """All arrays of the full file -> those of the cut.
+
+    Raises ValueError if update/params/* differ from params/*.
+    """
     small = {}
     for name in full.files:
         array = full[name]
+        large = array.ndim == 2 and len(array) == 256
         if name.startswith("update/params/"):
-            if not np.array_equal(array, full[name.removeprefix("update/")]):
-                raise ValueError(
-                    f"{name} differs from {name.removeprefix('update/')}: it cannot be dropped"
-                )
-        elif (
-            name.startswith(("update/after1/", "out/bc_grad/"))
-            and array.ndim == 2
-            and len(array) == 256
-        ):
+            same = name.removeprefix("update/")
+            if not np.array_equal(array, full[same]):
+                raise ValueError(f"{name} differs from {same}: it cannot be dropped")
+        elif large and name.startswith(("update/after1/", "out/bc_grad/")):
             small[name] = array[::EVERY]
         else:
             small[name] = array

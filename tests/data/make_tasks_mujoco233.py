@@ -1,14 +1,17 @@
-"""Record what one environment step of D4RL's locomotion, pen and kitchen tasks does on MuJoCo 2.3.3.
+"""Record what one step of D4RL's locomotion, pen and kitchen environments does on MuJoCo 2.3.3.
 
-    python -m venv old && old/bin/pip install mujoco==2.3.3 gymnasium && old/bin/pip install --no-deps gymnasium-robotics
+    python -m venv old
+    old/bin/pip install mujoco==2.3.3 gymnasium
+    old/bin/pip install --no-deps gymnasium-robotics
     old/bin/python tests/data/make_tasks_mujoco233.py
 
-2.3.3 is the oldest MuJoCo that installs on Python 3.11, and joins contact margins as the MuJoCo of D4RL did. Nothing of tasks/
-is used: frame skips, controls and actuators are written here once more.
+2.3.3 is the oldest MuJoCo that installs on Python 3.11, and it combines contact margins as D4RL's
+MuJoCo did. This is independent of tasks/: frame skips, controls and actuators are repeated here.
 
-tasks_mujoco233.npz beside this file holds for each of hopper, halfcheetah, walker2d, pen and kitchen: NAME/qpos (N, nq),
-NAME/qvel (N, nv), NAME/action (N, A) in [-1, 1], NAME/next_qpos and NAME/next_qvel after the step, its solver started cold,
-NAME/n_contacts (N,) then, and of the pen its place and direction (N, 3) as they stand in MjData after the step.
+tasks_mujoco233.npz beside this file holds for each of hopper, halfcheetah, walker2d, pen and
+kitchen: NAME/qpos (N, nq), NAME/qvel (N, nv), NAME/action (N, A) in [-1, 1], NAME/next_qpos and
+NAME/next_qvel after a step with a cold start of the solver, and NAME/n_contacts (N,) after it; for
+the pen also place (N, 3) and direction (N, 3) as they are in MjData after the step.
 """
 
 from importlib.util import find_spec
@@ -29,22 +32,14 @@ FILES = {
     "pen": (ROBOTICS / "envs/assets/adroit_hand/adroit_pen.xml", 5),
     "kitchen": (ROBOTICS / "envs/assets/kitchen_franka/kitchen_assets/kitchen_env_model.xml", 40),
 }
-# The arm's start and the controller's limits, from D4RL's kitchen; the noise of the joints that a command is added to is left out.
+# The arm's start and the controller's limits, from D4RL's kitchen. The noise of the joint angles
+# that a command is added to is left out.
 ARM = [
-    0.148388023,
-    -1.76848573,
-    1.84390296,
-    -2.4768576,
-    0.260252026,
-    0.712533105,
-    1.59515394,
-    0.0479267505,
-    0.0371350919,
-]
-LOW, HIGH = (
-    [-2.9, -1.8, -2.9, -3.1, -2.9, 0, -2.9, 0, 0],
-    [2.9, 1.8, 2.9, 0, 2.9, 3.8, 2.9, 0.04, 0.04],
-)
+    0.148388023, -1.76848573, 1.84390296, -2.4768576, 0.260252026, 0.712533105, 1.59515394,
+    0.0479267505, 0.0371350919,
+]  # fmt: skip
+LOW = [-2.9, -1.8, -2.9, -3.1, -2.9, 0, -2.9, 0, 0]
+HIGH = [2.9, 1.8, 2.9, 0, 2.9, 3.8, 2.9, 0.04, 0.04]
 
 
 def load(name: str) -> mujoco.MjModel:
@@ -53,10 +48,8 @@ def load(name: str) -> mujoco.MjModel:
         for i in range(model.nu):
             stiffness = 10.0 if model.actuator(i).name in ("A_WRJ1", "A_WRJ0") else 1.0
             if not model.actuator(i).name.startswith("A_AR"):
-                model.actuator_gainprm[i, :3], model.actuator_biasprm[i, :3] = (
-                    [stiffness, 0, 0],
-                    [0, -stiffness, 0],
-                )
+                model.actuator_gainprm[i, :3] = [stiffness, 0, 0]
+                model.actuator_biasprm[i, :3] = [0, -stiffness, 0]
     return model
 
 
@@ -86,9 +79,8 @@ def record(name: str, rng) -> dict[str, np.ndarray]:
         qpos, qvel = begin(name, model, rng)
         held = rng.uniform(-1, 1, model.nu)
         for step in range(STEPS):
-            held = np.clip(
-                held + rng.uniform(-0.5, 0.5, model.nu), -1, 1
-            )  # moves further than unrelated actions would
+            # A random walk: it moves the body further than independent actions would.
+            held = np.clip(held + rng.uniform(-0.5, 0.5, model.nu), -1, 1)
             data = mujoco.MjData(model)
             data.qpos[:], data.qvel[:] = qpos, qvel
             data.ctrl[:] = control(name, model, qpos, held)
@@ -99,8 +91,8 @@ def record(name: str, rng) -> dict[str, np.ndarray]:
                 "action": held,
                 "next_qpos": data.qpos.copy(),
                 "next_qvel": data.qvel.copy(),
+                "n_contacts": data.ncon,
             }
-            row["n_contacts"] = data.ncon
             if name == "pen":
                 top, bottom = data.site("object_top").xpos, data.site("object_bottom").xpos
                 row |= {
@@ -114,9 +106,8 @@ def record(name: str, rng) -> dict[str, np.ndarray]:
 
 
 def main() -> None:
-    assert mujoco.__version__ == "2.3.3", (
-        f"this is MuJoCo {mujoco.__version__}, the reference is 2.3.3"
-    )
+    version = mujoco.__version__
+    assert version == "2.3.3", f"this is MuJoCo {version}, the reference is 2.3.3"
     columns = {}
     for name in FILES:
         columns |= record(name, np.random.default_rng(0))
