@@ -455,12 +455,12 @@ class Transitions:
 
     def __init__(self, state, action, next_state, reward, terminal, device="cpu"):
         """Arrays (N,S), (N,A) within ±max_action, (N,S), (N,), and (N,), 1 where s' is terminal.
-        Raises ValueError for unequal lengths."""
+        Raises ValueError for unequal lengths and for more than one reward or terminal a row."""
         columns = state, action, next_state, reward, terminal
         columns = [np.ascontiguousarray(column, dtype=np.float32) for column in columns]
         if len({len(column) for column in columns}) > 1:
             raise ValueError(f"arrays of unequal lengths: {[len(column) for column in columns]}")
-        columns[3:] = columns[3].reshape(-1, 1), 1.0 - columns[4].reshape(-1, 1)
+        columns[3:] = (column.reshape(len(state), 1) for column in (columns[3], 1 - columns[4]))
         self.columns = [torch.as_tensor(column, device=device) for column in columns]
 
     def __len__(self):

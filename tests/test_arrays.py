@@ -50,6 +50,12 @@ def test_arrays_of_unequal_lengths_are_refused(name):
         Transitions(**arrays(**{name: arrays()[name][:-1]}))
 
 
+@pytest.mark.parametrize("name", ["reward", "terminal"])
+def test_two_rewards_or_terminals_a_row_are_refused(name):
+    with pytest.raises(ValueError, match="cannot reshape"):
+        Transitions(**arrays(**{name: np.zeros((N, 2))}))
+
+
 @pytest.mark.parametrize("shape", [(S + 1,), (5, 2 * S), (S - 1,), ()])
 def test_states_of_another_width_are_refused(shape):
     with pytest.raises(ValueError, match="states have 3 numbers each"):
