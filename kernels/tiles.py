@@ -1,9 +1,9 @@
 """How a batch is cut up for a kernel: rows per program, chunk size, warps, pipeline stages.
 
-The tiles were chosen by compiling (bench/offline.py), not yet by timing. A tile is good if nothing
-spills and the matrix units have work. The small one is transposed, so that 16 rows still fill the
-units, and it keeps every SM busy at small batches; the large one reads each weight for more rows.
-bench.sampling times both around SMALL_BATCH. With two stages a chunk's weights are loaded only once
+sm_90's tiles were timed on an H100, those of other GPUs chosen by compiling (bench/offline.py). The
+small ones are transposed, so that 16 or 32 rows still fill the matrix units, and keep every SM busy
+at small batches; the large ones read each weight for more rows. bench.sampling times all of them at
+sizes around those where the choice changes. With two stages a chunk's weights are loaded only once
 the chunk before it is finished; with three they are loaded meanwhile.
 """
 
@@ -20,14 +20,32 @@ class Tile(NamedTuple):
     stages: int  # of software pipelining
 
 
-def _small(chunk: int, warps: int, stages: int = 3) -> Tile:
-    return Tile(transposed=True, rows=16, chunk=chunk, warps=warps, stages=stages)
+def _small(chunk: int, warps: int, stages: int = 3, rows: int = 16) -> Tile:
+    return Tile(transposed=True, rows=rows, chunk=chunk, warps=warps, stages=stages)
 
 
 def _large(rows: int, chunk: int = 32, warps: int = 8, stages: int = 3) -> Tile:
     return Tile(transposed=False, rows=rows, chunk=chunk, warps=warps, stages=stages)
 
 
+ANY = 1 << 62  # rows
+# Each tile with the most rows of a batch that it is for: 132 SMs have a program each up to 2,112
+# rows if it takes 16, up to 4,224 if it takes 32. In fp32 products go to no matrix unit, and larger
+# tiles are slower at any size. A tile of tf32 that is not transposed is no faster than one of 32
+# rows, and some make wgmma read beyond shared memory (Triton 3.6).
+HOPPER = {
+    "fp16": ((2048, _small(64, 4)), (4096, _small(64, 4, rows=32)), (ANY, _large(64, warps=4))),
+    "tf32": ((2048, _small(32, 4)), (ANY, _small(32, 4, stages=2, rows=32))),
+    "fp16x3": (
+        (2048, _small(64, 4, stages=2)),
+        (8192, _small(32, 4, stages=2, rows=32)),
+        (ANY, _large(64, warps=4, stages=2)),
+    ),
+    "fp32": ((ANY, _small(16, 4)),),
+}
+# Elsewhere: the small tile up to 4,096 rows. On sm_100 fp16 with more stages spills, and Triton 3.6
+# to 3.8 compile fp16x3 to a trap unless the tile is too small for that chip's own matrix unit; it
+# spills on sm_80.
 SMALL = {
     "fp16": _small(64, 4),
     "tf32": _small(32, 4),
@@ -35,19 +53,14 @@ SMALL = {
     "fp32": _small(16, 4),
 }
 LARGE = {
-    "fp16": _large(128),
-    "tf32": _large(64, stages=1),
-    "fp16x3": _large(64, chunk=16),
-    "fp32": _large(64),
-}
-# Exceptions to sm_90's tiles: fp16 with more stages spills on sm_100; fp32 with more would not
-# leave sm_80 room for wide states; fp16x3 spills on sm_80, and on sm_100 Triton 3.6 to 3.8 compile
-# it to a trap unless the tile is too small for that chip's own matrix unit.
-LARGE_ON = {
-    (80, "fp32"): _large(64, stages=2),
-    (100, "fp16"): _large(64, stages=1),
-    (100, "fp16x3"): _large(32, chunk=16, warps=4),
+    (80, "fp16"): _large(128),
+    (80, "tf32"): _small(32, 4, stages=2, rows=32),
     (80, "fp16x3"): _large(32, chunk=16, warps=4),
+    (80, "fp32"): _small(16, 4),
+    (100, "fp16"): _large(64, stages=1),
+    (100, "tf32"): _small(32, 4, stages=2, rows=32),
+    (100, "fp16x3"): _large(32, chunk=16, warps=4),
+    (100, "fp32"): _small(16, 4),
 }
 # With 512 hidden units a row's activations take twice the registers. Only fp16 leaves room for
 # large tiles.
@@ -58,10 +71,10 @@ SMALL_512 = {
     "fp32": _small(16, 8),
 }
 LARGE_512 = {"fp16": _large(64)}
-# training.fit goes forward and backward through two kinds of network: with three stages it would
-# need more shared memory than an H100 has.
-FIT_STAGES = 2
-SMALL_BATCH = 4096  # rows up to which tiles are small; beyond, 132 SMs have work with large ones
+# training.fit runs beside sample, which takes longer: without pipelining it leaves room for more
+# programs on an SM, and eight agents take 80 µs there instead of 95 with two stages (H100).
+FIT_STAGES = 1
+SMALL_BATCH = 4096  # rows up to which tiles are small where none were timed
 ARCHITECTURES = (80, 90, 100)
 # GeForce and workstation cards: 99 KB of shared memory per block, where those above have 163 or
 # 227.
@@ -73,12 +86,12 @@ def choose_tile(n_rows: int, precision: str, arch: int = 90, hidden_dim: int = 2
     small = SMALL_512[precision] if hidden_dim > 256 else SMALL[precision]
     if arch in LITTLE_MEMORY:
         return small._replace(stages=2)
+    family = max(known for known in ARCHITECTURES if known <= arch)
+    if family == 90 and hidden_dim <= 256:
+        return next(tile for most, tile in HOPPER[precision] if n_rows <= most)
     if n_rows <= SMALL_BATCH:
         return small
-    if hidden_dim > 256:
-        return LARGE_512.get(precision, small)
-    family = max(known for known in ARCHITECTURES if known <= arch)
-    return LARGE_ON.get((family, precision), LARGE[precision])
+    return LARGE_512.get(precision, small) if hidden_dim > 256 else LARGE[family, precision]
 
 
 def choose_actor_tile(

@@ -3,9 +3,8 @@
 One Diffusion-QL update, for several agents at once (program_id(last axis) is the agent):
 
     sample            a' by the averaged policies and its target values; a⁰ by the policies
-    fit               both critics against r + γ·(1-done)·min Q', the policy against the noise:
-                      forward and backward
-    weight_gradients  of the critics                                         (gradients.py)
+    fit               beside it: Q(s, a), dQ/du; the policy against the noise, forward and backward
+    weight_gradients  of the critics, against r + γ·(1-done)·min Q'          (gradients.py)
     adam              clip, Adam, target average, packed copies              (optimizer.py)
     climb             Q(s, a⁰), dQ/da, and back through all T steps of the chain
     weight_gradients  of the policies
@@ -13,9 +12,9 @@ One Diffusion-QL update, for several agents at once (program_id(last axis) is th
     adam              as above
     finish            tables of the time embedding, metrics, step counts     (optimizer.py)
 
-What depends on the policy alone (its samples, its cloning loss) is done in the first two launches,
-beside the critics' part, so that the chain of dependencies holds one pass of the chain forward and
-one backward. Rows (of the batch, in each timestep) stay within a program, from the draw of the
+Q is a number, so the gradient of a critic's loss is that of Q times the error of each row: fit goes
+back through the critics before the targets are known. So the chain of dependencies holds one pass
+of the policy's chain forward and one backward. Rows (of the batch, in each timestep) stay within a program, from the draw of the
 transition to the gradients of the pre-activations. These go through L2 to the products over rows
 that make the weights' gradients: no atomics, sums in a fixed order, so that two runs agree bit for
 bit.
@@ -35,9 +34,11 @@ import triton.language as tl
 
 from .network import (
     Noise,
+    Saved,
     Stream,
     Trace,
     chain_gradient,
+    further,
     load_states,
     network,
     network_gradient,
@@ -88,9 +89,18 @@ class Activations(NamedTuple):
     """What the weights' gradients of one kind of network are made of."""
 
     inputs: torch.Tensor  # policy (n, R, ·), critics (n, B, ·): see network.store_inputs()
-    saved: torch.Tensor  # (n, R, 3·H), (n, 2, B, 3·H): u₁, u₂, u₃
-    du: torch.Tensor  # like saved: their gradients
+    saved: Saved  # of (n, R, 3·H), (n, 2, B, 3·H)
+    du: torch.Tensor  # like saved.u: its gradients
     dy: torch.Tensor  # (n, R, A), (n, 2, B, 16): gradients of the outputs
+
+
+class Bellman(NamedTuple):
+    """What the critics' errors are made of, see td_errors()."""
+
+    q: torch.Tensor  # (n, 2, B): Q(s, a)
+    target_values: torch.Tensor  # (n, 2, N·B): both target critics at a'
+    reward: torch.Tensor  # (n, B)
+    discount: torch.Tensor  # (n, B): γ·(1-done)
 
 
 class Memory(NamedTuple):
@@ -98,9 +108,9 @@ class Memory(NamedTuple):
 
     policy: Activations
     critic: Activations
+    bellman: Bellman
     epsilons: torch.Tensor  # (n, R, A): ε_θ of the chain
     actions: torch.Tensor  # (n, B, A): a⁰, not yet clamped
-    target_values: torch.Tensor  # (n, 2, N·B): both target critics at a'
     losses: torch.Tensor  # (n, 3, tiles): sums of squared errors: both critics, policy
     q_sums: torch.Tensor  # (n, 2, tiles): sums of Q_i and |Q_j|
 
@@ -109,6 +119,7 @@ class Counts(NamedTuple):
     """How many there are of what, as one compile-time constant."""
 
     targets: int  # N, target samples per state
+    sides: int  # programs of a tile of them: 1, or 2 with a target critic each
     critics: int  # per agent: 2, or 0 if it only clones
     tiles: int  # of a batch
     norms: int  # programs that each leave a sum of squared gradients, of an agent's policy
@@ -145,6 +156,24 @@ def _transitions(agent, row, seed, draw, n_transitions, B, GIVEN: tl.constexpr):
     return index
 
 
+@triton.jit
+def td_errors(bellman, agent, critic, b, valid, B, N: tl.constexpr):
+    """Q_i(s, a) - (r + γ·(1-done)·min(Q'₁, Q'₂)(s', a')) of the batch's rows b; 0 if not valid.
+
+    Q' are the largest of N samples of a'.
+    """
+    j = tl.arange(0, triton.next_power_of_2(N))
+    values = bellman.target_values + 2 * agent * N * B + b[:, None] * N + j[None, :]
+    known = valid[:, None] & (j < N)[None, :]
+    q_1 = tl.max(tl.load(values, mask=known, other=float("-inf")), 1)
+    q_2 = tl.max(tl.load(values + N * B, mask=known, other=float("-inf")), 1)
+    least = tl.minimum(q_1, q_2, propagate_nan=tl.PropagateNan.ALL)
+    reward = tl.load(bellman.reward + agent * B + b, mask=valid, other=0.0)
+    discount = tl.load(bellman.discount + agent * B + b, mask=valid, other=0.0)
+    q = tl.load(bellman.q + (2 * agent + critic) * B + b, mask=valid, other=0.0)
+    return tl.where(valid, q - (reward + discount * least), 0.0)
+
+
 @triton.jit(do_not_specialize=["n_transitions"])
 def sample(
     data, n_transitions, noise, random, chain, nets, memory, B, zero,
@@ -152,6 +181,8 @@ def sample(
 ):  # fmt: skip
     """Programs (tile, agent): first tiles of N·B rows for targets, then tiles of B for the policy.
 
+    With two sides each tile of targets is made twice, and each time valued by another critic: less
+    waits on it, where there are SMs to spare.
     Leaves target_values, actions, and what the chain's gradient needs. noise: a Noise,
     (n, (N + 1)·B, action_dim) and (n, T, ...), the targets' rows first, with data that are batches;
     or None, to draw both. nets and sizes: of policies and critics.
@@ -166,9 +197,10 @@ def sample(
     TRANSPOSED: tl.constexpr = tile.transposed
     agent = tl.program_id(1)
     target_tiles = tl.cdiv(N * B, tile.rows)
-    current = tl.program_id(0) >= target_tiles
-    mine = (tl.program_id(0) - target_tiles) * tile.rows
-    r = tl.where(current, mine, tl.program_id(0) * tile.rows) + tl.arange(0, tile.rows)
+    side, part = tl.program_id(0) // target_tiles, tl.program_id(0) % target_tiles
+    current = side >= counts.sides
+    part = tl.where(current, tl.program_id(0) - counts.sides * target_tiles, part)
+    r = part * tile.rows + tl.arange(0, tile.rows)
     valid = r < tl.where(current, B, N * B)
     row = tl.where(current, N * B, 0) + r
     b = tl.where(current, r, r // N)
@@ -186,7 +218,7 @@ def sample(
         own_noise = Noise(x_T, noise.noises + wide * T * n_rows * ACTION_DIM)
     trace = Trace(
         memory.policy.inputs + wide * R * POLICY.inputs,
-        memory.policy.saved + wide * R * 3 * H,
+        further(memory.policy.saved, wide * R * 3 * H),
         memory.epsilons + wide * R * A,
         B + b, B, valid & current,
     )  # fmt: skip
@@ -199,11 +231,20 @@ def sample(
     store_features(memory.actions + agent * B * A, b, a, A, x, trace.mask, TRANSPOSED)
     if not current:
         x = clamp(x, chain.max_action)
-        for k in tl.range(0, 2):
+        EACH: tl.constexpr = 2 // counts.sides
+        for k in tl.range(side * EACH, side * EACH + EACH):
             q_net = nth_network(nets.critic, 4 * agent + k, CRITIC)
             y = network(s, x, shift_weights(q_net, k * zero), CRITIC, tile)
-            values = memory.target_values + (2 * agent + k) * N * B
+            values = memory.bellman.target_values + (2 * agent + k) * N * B
             tl.store(values + r, tl.sum(y, 0 if TRANSPOSED else 1), mask=valid)
+
+
+@triton.jit
+def _first_output(valid, sizes: tl.constexpr, tile: tl.constexpr):
+    """The gradient (ROWS, OUT) of the sum of the first outputs of the valid rows."""
+    out = tl.arange(0, sizes.OUT)
+    first = features(out == 0, tile.transposed) & rows(valid, tile.transposed)
+    return tl.where(first, 1.0, 0.0)
 
 
 @triton.jit(do_not_specialize=["n_transitions"])
@@ -213,12 +254,12 @@ def fit(
 ):  # fmt: skip
     """Programs (tile, network, agent): networks 0 and 1 are the critics, if any; then the policy.
 
-    Squared errors: of Q(s, a) against the Bellman target, and of ε_θ(a_t, t, s) against ε. Leaves
-    their sums, and du and dy: gradients of the sum over the batch and the action's numbers, of
-    which weight_gradients() makes those of a mean. cloning: a CloningNoise, with data that are
-    batches; or None, to draw both.
+    Needs nothing of this update, so that it runs beside sample. Of the critics it leaves Q(s, a)
+    and du, the gradient of the sum of Q over the batch: weight_gradients() multiplies its rows by
+    td_errors(). Of the policy du and dy, gradients of the sum of squared errors of ε_θ(a_t, t, s)
+    against ε, of which weight_gradients() makes those of a mean. cloning: a CloningNoise, with data
+    that are batches; or None, to draw both.
     """
-    N: tl.constexpr = counts.targets
     POLICY: tl.constexpr = sizes.policy
     CRITIC: tl.constexpr = sizes.critic
     A: tl.constexpr = POLICY.A
@@ -238,31 +279,21 @@ def fit(
     x = tl.load(data.action + where, mask=within, other=0.0)
     wide = agent.to(tl.int64)
     if which < counts.critics:
-        OUT: tl.constexpr = CRITIC.OUT
-        r = tl.load(data.reward + index, mask=valid, other=0.0)
-        not_done = tl.load(data.not_done + index, mask=valid, other=0.0)
-        j = tl.arange(0, triton.next_power_of_2(N))
-        values = memory.target_values + 2 * agent * N * B + b[:, None] * N + j[None, :]
-        known = valid[:, None] & (j < N)[None, :]
-        q_1 = tl.max(tl.load(values, mask=known, other=float("-inf")), 1)
-        q_2 = tl.max(tl.load(values + N * B, mask=known, other=float("-inf")), 1)
-        least = tl.minimum(q_1, q_2, propagate_nan=tl.PropagateNan.ALL)
-        target = r + discount * not_done * least
         own = (2 * wide + which) * B
-        saved, du = memory.critic.saved + own * 3 * H, memory.critic.du + own * 3 * H
+        saved = further(memory.critic.saved, own * 3 * H)
         if which == 0:
+            reward = tl.load(data.reward + index, mask=valid, other=0.0)
+            not_done = tl.load(data.not_done + index, mask=valid, other=0.0)
+            tl.store(memory.bellman.reward + wide * B + b, reward, mask=valid)
+            tl.store(memory.bellman.discount + wide * B + b, discount * not_done, mask=valid)
             inputs = memory.critic.inputs + wide * B * CRITIC.inputs
             store_inputs(inputs, b, valid, s, x, b, CRITIC, tile)
         net = nth_network(nets.critic, 4 * agent + 2 + which, CRITIC)
         net = shift_weights(net, zero)
         q = network(s, x, net, CRITIC, tile, saved, b, valid)
-        miss = tl.where(valid, tl.sum(q, 0 if TRANSPOSED else 1) - target, 0.0)
-        losses = memory.losses + (3 * agent + which) * counts.tiles
-        tl.store(losses + part, tl.sum(miss * miss, 0))
-        out = tl.arange(0, OUT)
-        dq = tl.where(features(out == 0, TRANSPOSED), rows(2.0 * miss, TRANSPOSED), 0.0)
-        store_features(memory.critic.dy + own * OUT, b, out, OUT, dq, valid, TRANSPOSED)
-        network_gradient(dq, net, saved, du, b, valid, CRITIC, tile)
+        tl.store(memory.bellman.q + own + b, tl.sum(q, 0 if TRANSPOSED else 1), mask=valid)
+        dq, du = _first_output(valid, CRITIC, tile), memory.critic.du + own * 3 * H
+        network_gradient(dq, net, saved.u, du, b, valid, CRITIC, tile)
     else:
         if cloning is None:
             t = _below(_words(seed, draw, TIMESTEP, b), tl.full([], T, tl.int32)).to(tl.int32)
@@ -278,7 +309,8 @@ def fit(
         spread = rows(tl.load(forward.sqrt_one_minus_alpha_bar + t), TRANSPOSED)
         x = signal * x + spread * z
         R = (T + 1) * B
-        saved, du = memory.policy.saved + wide * R * 3 * H, memory.policy.du + wide * R * 3 * H
+        saved = further(memory.policy.saved, wide * R * 3 * H)
+        du = memory.policy.du + wide * R * 3 * H
         inputs = memory.policy.inputs + wide * R * POLICY.inputs
         store_inputs(inputs, b, valid, s, x, t, POLICY, tile)
         net = shift_weights(nth_network(nets.policy, 2 * agent + 1, POLICY), zero)
@@ -288,7 +320,7 @@ def fit(
         tl.store(losses + part, tl.sum(tl.sum(e * e, 1), 0))
         dy = memory.policy.dy + wide * R * A
         store_features(dy, b, a, A, 2.0 * e, valid, TRANSPOSED)
-        network_gradient(2.0 * e, net, saved, du, b, valid, POLICY, tile)
+        network_gradient(2.0 * e, net, saved.u, du, b, valid, POLICY, tile)
 
 
 @triton.jit(do_not_specialize=["n_transitions"])
@@ -299,8 +331,9 @@ def climb(
     """Programs (tile, role, agent). A coin chooses critic i for the actor to climb; j is the other.
 
     Role 0: gradients of the sum over the batch of Q_i(s, a⁰) with respect to the chain's
-    pre-activations. Role 1: Q_j(s, a⁰). Both leave their sums in values, of which
-    weight_gradients() makes -η·mean Q_i / mean |Q_j|, since a gradient is linear.
+    pre-activations. Role 1: Q_j(s, a⁰), and the critics' losses, since it has time. Both leave
+    their sums in values, of which weight_gradients() makes -η·mean Q_i / mean |Q_j|, since a
+    gradient is linear.
 
     coin (n,): above 0.5 to climb the first critic, with data that are batches; or None, to draw
     both.
@@ -309,7 +342,6 @@ def climb(
     CRITIC: tl.constexpr = sizes.critic
     A: tl.constexpr = POLICY.A
     H: tl.constexpr = POLICY.H
-    OUT: tl.constexpr = CRITIC.OUT
     TRANSPOSED: tl.constexpr = tile.transposed
     part, role, agent = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b = part * tile.rows + tl.arange(0, tile.rows)
@@ -321,25 +353,25 @@ def climb(
         heads = _heads(seed, draw)
     else:
         heads = tl.load(coin + agent) > 0.5
-    a, out, wide = tl.arange(0, A), tl.arange(0, OUT), agent.to(tl.int64)
+    a, wide = tl.arange(0, A), agent.to(tl.int64)
     unclamped = load_features(memory.actions + agent * B * A, b, a, A, valid, TRANSPOSED)
     x = clamp(unclamped, chain.max_action)
     q_net = nth_network(nets.critic, 4 * agent + 2 + tl.where(heads, role, 1 - role), CRITIC)
     q_net = shift_weights(q_net, zero)
     # What the critics' own gradients needed is no longer needed.
-    q_saved = memory.critic.saved + 2 * wide * B * 3 * H
+    q_saved = further(memory.critic.saved, 2 * wide * B * 3 * H)
     y = network(s, x, q_net, CRITIC, tile, q_saved, b, valid & (role == 0))
     q = tl.where(valid, tl.sum(y, 0 if TRANSPOSED else 1), 0.0)
     values = memory.q_sums + (2 * agent + role) * counts.tiles
     tl.store(values + part, tl.sum(tl.where(role == 0, q, tl.abs(q)), 0))
     if role == 0:
-        one = tl.where(features(out == 0, TRANSPOSED) & rows(valid, TRANSPOSED), 1.0, 0.0)
-        g = network_gradient(one, q_net, q_saved, None, b, valid, CRITIC, tile)
+        dq = _first_output(valid, CRITIC, tile)
+        g = network_gradient(dq, q_net, q_saved.u, None, b, valid, CRITIC, tile)
         g = tl.where(tl.abs(unclamped) <= chain.max_action, g, 0.0)
         R = (POLICY.T + 1) * B
         trace = Trace(
             memory.policy.inputs + wide * R * POLICY.inputs,
-            memory.policy.saved + wide * R * 3 * H,
+            further(memory.policy.saved, wide * R * 3 * H),
             memory.epsilons + wide * R * A,
             B + b, B, valid,
         )  # fmt: skip
@@ -347,3 +379,8 @@ def climb(
         dy = memory.policy.dy + wide * R * A
         net = nth_network(nets.policy, 2 * agent + 1, POLICY)
         chain_gradient(g, trace, du, dy, chain, net, zero, POLICY, tile)
+    else:
+        for k in tl.static_range(0, 2):
+            miss = td_errors(memory.bellman, agent, k, b, valid, B, counts.targets)
+            losses = memory.losses + (3 * agent + k) * counts.tiles
+            tl.store(losses + part, tl.sum(miss * miss, 0))

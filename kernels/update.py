@@ -50,7 +50,8 @@ class FusedUpdate:
         within = f"batch_size {batch_size} is not within 1 to {MAX_BATCH}"
         require(1 <= batch_size <= MAX_BATCH, within)
         _require_alike(agents)
-        self.agent, self.device, self.batch_size = agents[0], agents[0].device, batch_size
+        self.agent, self.batch_size = agents[0], batch_size
+        self.device = next(agents[0].policy.parameters()).device  # with its index
         arch = architecture(self.device)
         no_gpu = "kernels need a CUDA GPU, or TRITON_INTERPRET=1 for the interpreter"
         require(self.device.type == "cuda" or interpreting(), no_gpu)
@@ -60,7 +61,7 @@ class FusedUpdate:
             self._require_columns(self.columns, len(self.columns.state))
             for name in ("state", "next_state"):
                 _require_resolution(name, getattr(self.columns, name), precision)
-        wanted = bytes_needed(agents, batch_size)
+        wanted = bytes_needed(agents, batch_size, precision)
         try:
             self.launches = Launches(agents, batch_size, precision, arch, tile, product_tile)
         except torch.OutOfMemoryError as e:

@@ -96,7 +96,8 @@ def assert_decisions_are_right(sizes, precision, gain, size, limit):
     ],
 )
 def test_candidates_and_values_are_about_as_exact_as_eager_ones(sizes, precision, gain, size):
-    assert_decisions_are_right(sizes, precision, gain, size, allowed(precision, DEVICE == "cuda"))
+    limit = allowed(precision, DEVICE == "cuda", hidden_dim=sizes[4])
+    assert_decisions_are_right(sizes, precision, gain, size, limit)
 
 
 @needs_interpreter

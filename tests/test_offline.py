@@ -20,7 +20,7 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that one blo
 PRECISIONS = ("fp16", "tf32", "fp16x3", "fp32")
 CASES = [
     *(f"actor {size} 256 {precision}" for size in ("small", "large") for precision in PRECISIONS),
-    *(f"sampler {size} 256 fp16" for size in ("small", "large")),
+    *(f"sampler {size} 256 fp16" for size in ("small", "middle", "large")),
     *(f"actor {size} {hidden} fp16" for size in ("small", "large") for hidden in (128, 512)),
     # The critics' weight gradients and Adam are the policy's kernels with other constants.
     *(f"update {kernel} 256 fp16" for kernel in ("sample", "fit", "climb")),

@@ -27,6 +27,7 @@ from kernels import (  # noqa: E402
     FusedUpdate,
     UnsupportedError,
     gradients,
+    launches,
     optimizer,
     training,
 )
@@ -193,6 +194,26 @@ def test_agents_that_differ_in_more_than_seeds_are_refused():
         FusedUpdate([], None, 8)
 
 
+def test_a_device_may_be_named_without_its_index():
+    """As cuda, though tensors are on cuda:0; without a GPU as cpu:0, though they are on cpu."""
+    agent = dql.DiffusionQL(11, 3, hidden_dim=128, device={"cpu": "cpu:0"}.get(DEVICE, DEVICE))
+    assert agent.device != next(agent.policy.parameters()).device
+    assert FusedUpdate(agent, make_transitions(agent), 8).run(1)["bc_loss"].isfinite()
+
+
+@pytest.mark.parametrize("max_q_backup", [False, True])
+def test_target_critics_side_by_side_change_no_bit(max_q_backup, monkeypatch):
+    found = []
+    for multiprocessors in (1, 1000):
+        monkeypatch.setattr(launches, "multiprocessors", lambda _, n=multiprocessors: n)
+        agent = make_agent(max_q_backup=max_q_backup)
+        update = fused(agent, 20, transitions=make_transitions(agent))
+        assert update.launches.counts.sides == (1 if multiprocessors == 1 else 2)
+        update.run(2)
+        found.append(tensors(agent))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
 def test_batches_and_data_of_other_shapes_are_refused():
     agent = make_agent()
     with pytest.raises(UnsupportedError, match="action is"):
@@ -215,7 +236,7 @@ def test_too_little_memory_is_refused_with_how_much_is_needed(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (3 << 20, 8 << 20))
     monkeypatch.setattr(kernels.launches, "PackedPolicy", full)
-    needs = r"of 1 agents needs 6\d MiB of GPU memory, and 3 MiB are free"
+    needs = r"of 1 agents needs 7\d MiB of GPU memory, and 3 MiB are free"
     with pytest.raises(UnsupportedError, match=needs):
         FusedUpdate(make_agent(29, 8, hidden_dim=256), None, 1024)
 
