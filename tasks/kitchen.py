@@ -57,9 +57,12 @@ SUBTASKS = {
 
 @lru_cache
 def build_model() -> mujoco.MjModel:
-    """gymnasium-robotics' Franka arm and kitchen."""
+    """gymnasium-robotics' Franka arm and kitchen, with a column that touches nothing, as in D4RL."""
     xml = "envs/assets/kitchen_franka/kitchen_assets/kitchen_env_model.xml"
-    return compile_spec(load_spec("gymnasium_robotics", xml))
+    spec = load_spec("gymnasium_robotics", xml)
+    column = next(g for g in spec.geoms if g.type == mujoco.mjtGeom.mjGEOM_CYLINDER)
+    column.contype = column.conaffinity = 0
+    return compile_spec(spec)
 
 
 class KitchenWorld(World):
