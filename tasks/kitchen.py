@@ -1,7 +1,7 @@
 """D4RL's kitchen-{complete,partial,mixed}-v0: a Franka arm does four subtasks of seven.
 
 The order of the four is free. The model is gymnasium-robotics' (FrankaKitchen), which is
-D4RL's; its environment is not used, since it does not run on MuJoCo 4 and has other observations.
+D4RL's but for one column; its environment is not used, since it has other observations.
 
 Everything that D4RL's environment reads from the state has noise: the observation, whether a
 subtask is done, and the joint angles to which a velocity command is added. A step therefore depends
