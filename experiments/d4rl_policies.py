@@ -51,6 +51,7 @@ PUBLISHED = (
     Published("dapg_pen_policy.npz", "pen-human-v1", 3233.0, 121.0),
 )
 WALKER = "d4rl_ant_policy.npz"
+WALKS_PER_EPISODE = 5  # walks are short, and a share of goals needs many
 NOISES = (0.0, 0.2)  # σ of normal noise added to a walker's actions; D4RL's data have 0.2
 
 
@@ -171,10 +172,11 @@ def main(argv: list[str] | None = None) -> None:
         there = f"{policy.published:.0f} ± {policy.plus_minus:.0f}"
         distance = f"{row['difference_in_standard_errors']:+.1f} standard errors"
         print(f"{policy.file:28}{here:>14} published{there:>14}{distance:>22}", flush=True)
-    walkers = compare_walkers(asked.folder, asked.episodes) if has_walker else []
+    n_walks = WALKS_PER_EPISODE * asked.episodes
+    walkers = compare_walkers(asked.folder, n_walks) if has_walker else []
     for row in walkers:
         print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
-    about = {**describe(), "episodes": asked.episodes}
+    about = {**describe(), "episodes": asked.episodes, "walks": n_walks}
     asked.out.mkdir(exist_ok=True)
     save_json(asked.out / "d4rl_policies.json", {**about, "returns": rows, "walkers": walkers})
 
