@@ -16,17 +16,17 @@ PATH = Path(__file__).parent / "data" / "steps_mujoco210.npz"
 
 
 class Errors(NamedTuple):
-    """The largest in each of N steps, but for over: which steps end wrongly."""
+    """Of N steps, without signs."""
 
-    qpos: np.ndarray
-    qvel: np.ndarray
-    observation: np.ndarray
-    reward: np.ndarray
-    over: np.ndarray
+    qpos: np.ndarray  # (N, nq)
+    qvel: np.ndarray  # (N, nv)
+    observation: np.ndarray  # (N, S)
+    reward: np.ndarray  # (N,)
+    over: np.ndarray  # (N,) bool: the episode ends in one of the two only
 
     def largest(self) -> np.ndarray:
         """Of all numbers of each step, (N,)."""
-        return np.maximum.reduce([self.qpos, self.qvel, self.observation, self.reward])
+        return np.column_stack(self[:4]).max(axis=1)
 
 
 def recorded(name: str) -> dict[str, np.ndarray]:
@@ -62,7 +62,7 @@ def step_recorded(name: str) -> Errors:
         # The kitchen's observation is its qpos, with noise.
         seen = world.simulation.qpos if name == "kitchen" else world.observations
         pairs = {"qpos": world.simulation.qpos, "qvel": world.simulation.qvel, "obs": seen}
-        errors = [np.abs(mine - steps[f"next_{key}"]).max(axis=1) for key, mine in pairs.items()]
+        errors = [np.abs(mine - steps[f"next_{key}"]) for key, mine in pairs.items()]
     return Errors(*errors, np.abs(rewards - steps["reward"]), over != steps["done"])
 
 

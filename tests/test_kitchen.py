@@ -15,15 +15,17 @@ ASKED = {
 }
 
 
-def test_a_step_is_mujoco_210s_but_for_a_kettle_in_the_air():
-    """In single precision, as the meshes are.
+def test_a_step_is_mujoco_210s_but_for_the_kettle():
+    """Nine of ten to single precision, as the arm's meshes are; then the arm meets something.
 
-    From 3.5 on MuJoCo gives the gap between two boxes twice the length: the kettle, which is less
-    than a millimetre above the stove, then falls otherwise.
+    From 3.4 on MuJoCo gives the gap between two boxes twice the length. The kettle, which begins a
+    millimetre above the stove, therefore settles otherwise; with 3.3.7 it too agrees.
     """
     errors = step_recorded("kitchen")
-    assert np.median(errors.largest()) < 2e-5 and np.quantile(errors.largest(), 0.9) < 2e-5
-    assert errors.qpos.max() < 2e-3 and errors.qvel.max() < 0.2
+    rest = np.concatenate([errors.qpos[:, :23], errors.qvel[:, :23]], axis=1).max(axis=1)
+    assert np.median(rest) < 1e-8 and np.quantile(rest, 0.9) < 1e-6 and rest.max() < 0.1
+    kettle = errors.qpos[:, 23:].max(axis=1)
+    assert np.median(kettle) < 2e-4 and kettle.max() < 2e-3 and errors.qvel.max() < 1.0
     assert not errors.reward.any() and not errors.over.any()
 
 

@@ -50,10 +50,13 @@ int mj_name2id(const mjModel* m, int type, const char* name);
 int mj_version();
 """
 BODY, SITE, ACTUATOR = 1, 6, 18  # of enum mjtObj
-# The arm's start, and its controller's limits.
-ARM = [
+# The kitchen's qpos at the start, and the limits of its arm's controller.
+KITCHEN = [
     0.148388023, -1.76848573, 1.84390296, -2.4768576, 0.260252026, 0.712533105, 1.59515394,
-    0.0479267505, 0.0371350919,
+    0.0479267505, 0.0371350919, -2.6627985e-4, -5.18043486e-5, 3.12877220e-5, -4.51199853e-5,
+    -3.90842156e-6, -4.22629655e-5, 6.28065475e-5, 4.04984708e-5, 4.62730939e-4, -2.26906415e-4,
+    -4.65501369e-4, -6.44129196e-3, -1.77048263e-3, 1.08009684e-3, -0.269397440, 0.350383255,
+    1.61944683, 1.00618764, 4.06395120e-3, -6.62095997e-3, -2.68278933e-4,
 ]  # fmt: skip
 LOW = [-2.9, -1.8, -2.9, -3.1, -2.9, 0, -2.9, 0, 0]
 HIGH = [2.9, 1.8, 2.9, 0, 2.9, 3.8, 2.9, 0.04, 0.04]
@@ -145,9 +148,8 @@ def set_stiffness(pen: Simulation) -> None:
 def begin(name: str, simulation: Simulation, walk: int, rng) -> tuple[np.ndarray, np.ndarray]:
     qpos, qvel = simulation.qpos0.copy(), np.zeros(simulation.nv)
     if name == "kitchen":
-        qpos = simulation.view(simulation.m.key_qpos, simulation.nq).copy()
-        qpos[:9] = ARM
-        qpos[22] = -0.7 * (walk % 2)  # the microwave: closed or open
+        qpos = np.array(KITCHEN)
+        qpos[22] -= 0.7 * (walk % 2)  # the microwave: closed or open
     elif name == "ant":
         qpos += rng.uniform(-0.1, 0.1, simulation.nq)
         qpos[3:7] /= np.linalg.norm(qpos[3:7])
