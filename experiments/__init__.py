@@ -2,9 +2,11 @@
 
     bandit            the paper's 2-D bandit: diffusion against other policies, pictures and a table
     d4rl              the paper's table: Diffusion-QL on twenty tasks, on a laptop or a cluster
+    d4rl_policies     what D4RL's and DAPG's own policies earn here, beside their published returns
     learning_curves   behaviour cloning against Diffusion-QL over several seeds
     precision         does it learn as well with products in fp16 or tf32?
 
-Each is a command: python -m experiments.NAME --help. The last three train with dql.py's own command
-line, through runs.py: a finished run is not made again, an interrupted one is resumed.
+Each is a command: python -m experiments.NAME --help. d4rl, learning_curves and precision train with
+dql.py's own command line, through runs.py: a finished run is not made again, an interrupted one is
+resumed.
 """

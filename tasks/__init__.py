@@ -103,7 +103,7 @@ def _pen(kind: str) -> Pen:
         action_dim=24,
         episode_limit=100,
         ref_min=96.262799,
-        ref_max=3076.8331,
+        ref_max=3076.8331017826877,
     )
 
 

@@ -66,7 +66,7 @@ from .antmaze import (
 )
 from .walker import walk
 
-VERSION = 2  # part of the cached file's name: raise it when the same seed would give other data
+VERSION = 3  # part of the cached file's name: raise it when the same seed would give other data
 MAX_ANTS = 512  # simulated at once: enough to hide numpy's overhead behind the physics
 
 

@@ -88,10 +88,12 @@ def cached(
     """The generated file of this task, size, seed and recipe in the cache folder, made if missing.
 
     -> its path. The folder is $XDG_CACHE_HOME/diffusion-ql, else ~/.cache/diffusion-ql. A file that
-    cannot be opened is made again. Raises TaskError as generate() does.
+    cannot be opened is made again, and one of an earlier recipe is not used: a line says so. Raises
+    TaskError as generate() does.
     """
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusion-ql"
-    path = folder / f"{task.name}-seed{seed}-{n_transitions}-r{maker(task).VERSION}.hdf5"
+    name, version = f"{task.name}-seed{seed}-{n_transitions}", maker(task).VERSION
+    path = folder / f"{name}-r{version}.hdf5"
     if path.exists():
         try:
             with h5py.File(path) as file:
@@ -100,5 +102,8 @@ def cached(
             return path
         except (OSError, KeyError) as error:
             log(f"cannot open {path} ({error}); generating it again")
+    else:
+        for earlier in sorted(folder.glob(f"{name}-r*.hdf5")):
+            log(f"{earlier} is of an earlier recipe or physics, not of recipe {version}; not used")
     generate(task, path, n_transitions=n_transitions, seed=seed, log=log)
     return path

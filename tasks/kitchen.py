@@ -1,7 +1,7 @@
 """D4RL's kitchen-{complete,partial,mixed}-v0: a Franka arm does four subtasks of seven.
 
 The order of the four is free. The model is gymnasium-robotics' (FrankaKitchen), which is
-D4RL's; its environment is not used, since it does not run on MuJoCo 4 and has other observations.
+D4RL's but for one column; its environment is not used, since it has other observations.
 
 Everything that D4RL's environment reads from the state has noise: the observation, whether a
 subtask is done, and the joint angles to which a velocity command is added. A step therefore depends
@@ -57,9 +57,12 @@ SUBTASKS = {
 
 @lru_cache
 def build_model() -> mujoco.MjModel:
-    """gymnasium-robotics' Franka arm and kitchen."""
+    """gymnasium-robotics' Franka arm and kitchen, with a column that touches nothing, as in D4RL."""
     xml = "envs/assets/kitchen_franka/kitchen_assets/kitchen_env_model.xml"
-    return compile_spec(load_spec("gymnasium_robotics", xml))
+    spec = load_spec("gymnasium_robotics", xml)
+    column = next(g for g in spec.geoms if g.type == mujoco.mjtGeom.mjGEOM_CYLINDER)
+    column.contype = column.conaffinity = 0
+    return compile_spec(spec)
 
 
 class KitchenWorld(World):

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from .locomotion import Locomotion
 
-VERSION = 2  # part of the cached file's name: raise it when the same seed would give other data
+VERSION = 3  # part of the cached file's name: raise it when the same seed would give other data
 POLICIES = Path(__file__).parent / "policies"
 MAX_BODIES = 128  # simulated at once: enough to hide numpy's overhead behind the physics
 

@@ -92,15 +92,59 @@ def load_spec(package: str, xml: str) -> mujoco.MjSpec:
     return mujoco.MjSpec.from_file(str(Path(found.submodule_search_locations[0]) / xml))
 
 
+# MuJoCo 3's ways to find contacts of convex shapes, and several for one pair. With both turned off
+# it finds them as D4RL's did. The oldest versions that we allow have neither the flags nor, by
+# default, the new ways.
+NEW_COLLISIONS = ("mjDSBL_NATIVECCD", "mjDSBL_MULTICCD")
+
+
 def compile_spec(spec: mujoco.MjSpec) -> mujoco.MjModel:
-    """The model, with contacts at the distances of D4RL's MuJoCo (see margins_add)."""
+    """The model as D4RL's MuJoCo, 2.1.0, would have it: its masses and its contacts.
+
+    See restore_masses, NEW_COLLISIONS and margins_add.
+    """
     with warnings.catch_warnings():
         # About an attribute in half_cheetah.xml: the user can do nothing about it.
         warnings.filterwarnings("ignore", message=".*settotalmass")
         model = spec.compile()
+        restore_masses(model, spec)
+    for name in NEW_COLLISIONS:
+        model.opt.disableflags |= int(getattr(mujoco.mjtDisableBit, name, 0))
     if margins_add():
         model.geom_margin[:] *= 0.5
     return model
+
+
+def restore_masses(model: mujoco.MjModel, spec: mujoco.MjSpec) -> None:
+    """Give all bodies the mass, centre and inertia that they had before MuJoCo 2.1.3.
+
+    Until then a capsule of radius r and half-length l counted as a cylinder of length 2l + r: mass
+    m = ρπr²(2l + r), inertia mr²/2 about the axis and m(3r² + (2l + r)²)/12 across it. MuJoCo's
+    changelog for 2.1.3 says so: its cylindrical part, extended at both ends by half the radius.
+
+    So the numbers are taken from a second model, with such cylinders in place of the capsules.
+    MuJoCo's compiler then does what it always does about masses and inertias that are given,
+    groups of geoms that do not count, and a total mass that is prescribed.
+    """
+    cylinders = spec.copy()
+    for geom in cylinders.geoms:
+        if geom.type == mujoco.mjtGeom.mjGEOM_CAPSULE:
+            lengthen(geom, geom.size[0] / 2)
+            geom.type = mujoco.mjtGeom.mjGEOM_CYLINDER
+    old = cylinders.compile()
+    for name in ("body_mass", "body_ipos", "body_inertia", "body_iquat"):
+        getattr(model, name)[:] = getattr(old, name)
+    mujoco.mj_setConst(model, mujoco.MjData(model))
+
+
+def lengthen(geom: mujoco.MjsGeom, by: float) -> None:
+    """Move both ends of a capsule or cylinder outwards."""
+    if np.isnan(geom.fromto[0]):
+        geom.size[1] += by
+    else:
+        start, end = geom.fromto.reshape(2, 3)
+        along = by * (end - start) / np.linalg.norm(end - start)
+        geom.fromto = [*(start - along), *(end + along)]
 
 
 @lru_cache(maxsize=1)
@@ -108,9 +152,11 @@ def margins_add() -> bool:
     """Whether this MuJoCo adds the contact margins of two geoms, as from 3.5 on.
 
     Older versions, D4RL's among them, take the maximum. Where margins add, halving them all
-    restores the maximum for geoms of equal margin, and all that matter here are equal. Instead of
-    reading a version number, this tries two spheres 0.15 apart with a margin of 0.1 each: they
-    touch only if margins add.
+    restores the maximum for geoms of equal margin. Only the kitchen has others: its arm (margin 0)
+    feels the furniture (1 mm) from half a millimetre on instead of one.
+
+    Instead of reading a version number, this tries two spheres 0.15 apart with a margin of 0.1
+    each: they touch only if margins add.
     """
     sphere = '<body pos="0 0 {}"><freejoint/><geom size="1" margin="0.1"/></body>'
     xml = f"<mujoco><worldbody>{sphere.format(0)}{sphere.format(2.15)}</worldbody></mujoco>"

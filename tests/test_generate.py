@@ -210,6 +210,20 @@ def test_too_few_transitions_are_refused(tmp_path):
         generate(small(), tmp_path / "data.hdf5", n_transitions=1)
 
 
+def test_data_of_an_earlier_recipe_are_made_again(tmp_path, monkeypatch):
+    """With a line that says so; the old file stays, for runs that name it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(antmaze_data, "VERSION", 1)
+    old = cached(small(), n_transitions=300, seed=2, log=quiet)
+    monkeypatch.setattr(antmaze_data, "VERSION", 2)
+    lines = []
+    new = cached(small(), n_transitions=300, seed=2, log=lines.append)
+    assert new != old and old.exists() and "recipe 2" in lines[1]
+    assert str(old) in lines[0] and "earlier recipe" in lines[0]
+    cached(small(), n_transitions=300, seed=2, log=lines.append)
+    assert "generated earlier" in lines[-1]
+
+
 def test_the_cache_is_reused_and_a_broken_file_made_again(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     lines = []
