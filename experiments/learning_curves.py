@@ -112,6 +112,8 @@ def main(argv: list[str] | None = None) -> None:
             options = [*how, "--algo", algo, "--data", asked.data]
             about = {"name": f"{algo}, seed {seed}", "output": f"output-{algo}-seed{seed}.txt"}
             jobs.append(make_job(asked.env, [seed], options, asked.out, **about))
+    if asked.data == "generated":
+        cached(tasks.get(asked.env))  # once, before several runs would each do it
     folders = complete(jobs, asked.jobs)
     runs = [collect(folder) for folder in folders]
     summary = summarise(runs)
