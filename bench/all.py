@@ -6,7 +6,8 @@
 
 Parts, in this order: first (bench.first: the kernels against float64, and a few timings), tests
 (the kernels' tests on this GPU), training, acting, sampling, run (the paper's whole antmaze-umaze
-run on generated data), bandit (experiments.bandit, drawn by the fused sampler) and pictures.
+run on generated data), tiles (bench.tiles: would others be faster?), bandit (experiments.bandit,
+drawn by the fused sampler) and pictures.
 Without a GPU only training, acting, sampling and pictures are run. Each part is a process of its
 own that prints as it goes and writes figures as soon as they are known. If one fails or takes too
 long, the next one starts; failures are listed at the end and make the exit status 1. Figures go to
@@ -37,7 +38,7 @@ GRACE = 5  # seconds that a part has to report what it has found when it is ende
 
 class Part(NamedTuple):
     command: list  # after python -m
-    seconds: int  # estimated from the compilers' CPU time on 16 cores; not measured on a GPU yet
+    seconds: int  # on 16 cores; of first and tests as measured, of others estimated
     quick_seconds: int = 0  # with --quick; 0 if the part does not have that option
     needs_gpu: bool = False
 
@@ -53,12 +54,13 @@ def parts(out: Path | None) -> dict:
     bandit = ["experiments.bandit", "--quick", "--fused", *to]
     pictures = ["bench.plot", *(["--results", str(out)] if out else [])]
     return {
-        "first": Part(["bench.first", *to], 240, needs_gpu=True),
-        "tests": Part(pytest, 200, needs_gpu=True),
+        "first": Part(["bench.first", *to], 120, needs_gpu=True),
+        "tests": Part(pytest, 180, needs_gpu=True),
         "training": Part(["bench.training", *to], 300, 100),
         "acting": Part(["bench.acting", *to], 180, 60),
         "sampling": Part(["bench.sampling", *to], 330, 100),
         "run": Part(["bench.training", "--full-run", *to], 330, needs_gpu=True),
+        "tiles": Part(["bench.tiles", *to], 240, needs_gpu=True),
         "bandit": Part(bandit, 120, needs_gpu=True),
         "pictures": Part(pictures, 15),
     }

@@ -9,9 +9,9 @@ FOLDER has these files, or some of them. They are others' (Apache-2.0) and no pa
     dapg_pen_policy.npz           DAPG's expert, from aravindr93/hand_dapg
     d4rl_ant_policy.npz           the walker behind D4RL's antmaze data, from D4RL
 
-DAPG's file has a network's weights w0, w1, w2 (out, in) and biases b0, b1, b2 with tanh between, and
-log_std. The others have fc0, fc1 and last_fc with ReLU between, last_fc_log_std beside last_fc, each
-a .weight (out, in) and a .bias; an action is the tanh of a normal draw.
+DAPG's file has a network's weights w0, w1, w2 (out, in) and biases b0, b1, b2 with tanh between,
+and log_std. The others have fc0, fc1 and last_fc with ReLU between, last_fc_log_std beside last_fc,
+each a .weight (out, in) and a .bias; an action is the tanh of a normal draw.
 
 The walker and the one of our generated data (tasks/walker.py) walk the umaze by the same planner.
 Writes experiments/results/d4rl_policies.json.
@@ -108,7 +108,7 @@ def d4rls_walk(net: Network, rng, qpos: np.ndarray, qvel: np.ndarray, heading: n
 def walk_umaze(walker: Callable, noise: float, n_episodes: int, rng: np.random.Generator) -> dict:
     """The share of ants that get to their goals, and these ones' mean steps and speed.
 
-    walker: qpos (k, 15), qvel (k, 14), unit directions to the next waypoint (k, 2) -> actions (k, 8)
+    walker: qpos (k, 15), qvel (k, 14), unit directions to waypoints (k, 2) -> actions (k, 8)
     """
     task, planner = tasks.get("antmaze-umaze-v0"), Planner("umaze")
     running, walked = np.arange(n_episodes), np.zeros(n_episodes)

@@ -156,10 +156,11 @@ def weight_gradients(
 ):  # fmt: skip
     """Programs (tile, network, agent): dW = Σ du ⊗ v over the rows, of all four layers.
 
-    bellman: a Bellman, of critics; else None. gradient (n, base + networks·size). cloned makes a mean loss of the batch's rows; the chain's
-    get -η/(B·mean|Q_j|) from values (n, 2, tiles), which is None where nothing is climbed. norms
-    (n, norms) gets a program's sum of squares. table (n, T, H), of a policy: gradients of the first
-    layer's pre-activations, summed for each timestep; else None.
+    bellman: a Bellman, of critics; else None. gradient (n, base + networks·size). cloned makes a
+    mean loss of the batch's rows; the chain's get -η/(B·mean|Q_j|) from values (n, 2, tiles), which
+    is None where nothing is climbed. norms (n, norms) gets a program's sum of squares. table
+    (n, T, H), of a policy: gradients of the first layer's pre-activations, summed for each
+    timestep; else None.
     """
     H: tl.constexpr = sizes.H
     OUT: tl.constexpr = sizes.OUT

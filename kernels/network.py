@@ -230,9 +230,9 @@ def network_gradient(dy, net, u, du, at, mask, sizes: tl.constexpr, tile: tl.con
     """The gradient (ROWS, A) with respect to actions, from dy (ROWS, OUT), that of the outputs.
 
     u (n, 3·H): what network() saved at the rows `at`. du (n, 3·H), unless None, gets the gradients
-    with respect to u₁, u₂, u₃: with mish(u) all that the weights' gradients need. Powers of two bring dy to
-    where fp16 can hold what follows, and du₂ as well: a steep network's gradients grow from layer
-    to layer.
+    with respect to u₁, u₂, u₃: with mish(u) all that the weights' gradients need. Powers of two
+    bring dy to where fp16 can hold what follows, and du₂ as well: a steep network's gradients grow
+    from layer to layer.
     """
     A: tl.constexpr = sizes.A
     H: tl.constexpr = sizes.H

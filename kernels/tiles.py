@@ -1,10 +1,10 @@
 """How a batch is cut up for a kernel: rows per program, chunk size, warps, pipeline stages.
 
-sm_90's tiles were timed on an H100, those of other GPUs chosen by compiling (bench/offline.py). The
-small ones are transposed, so that 16 or 32 rows still fill the matrix units, and keep every SM busy
-at small batches; the large ones read each weight for more rows. bench.sampling times all of them at
-sizes around those where the choice changes. With two stages a chunk's weights are loaded only once
-the chunk before it is finished; with three they are loaded meanwhile.
+sm_90's tiles were timed on an H100 (bench/tiles.py), those of other GPUs chosen by compiling
+(bench/offline.py). The small ones are transposed, so that 16 or 32 rows still fill the matrix
+units, and keep every SM busy at small batches; the large ones read each weight for more rows.
+bench.sampling times all at sizes around those where the choice changes. With two stages a chunk's
+weights are loaded only once the chunk before it is finished; with three they are loaded meanwhile.
 """
 
 from typing import NamedTuple
@@ -30,9 +30,9 @@ def _large(rows: int, chunk: int = 32, warps: int = 8, stages: int = 3) -> Tile:
 
 ANY = 1 << 62  # rows
 # Each tile with the most rows of a batch that it is for: 132 SMs have a program each up to 2,112
-# rows if it takes 16, up to 4,224 if it takes 32. In fp32 products go to no matrix unit, and larger
-# tiles are slower at any size. A tile of tf32 that is not transposed is no faster than one of 32
-# rows, and some make wgmma read beyond shared memory (Triton 3.6).
+# rows if it takes 16, up to 4,224 if it takes 32. fp32 uses no matrix unit, and its larger tiles
+# are slower at any size. Those of tf32 that are not transposed are 1 % faster at best, and some
+# make wgmma read beyond shared memory (Triton 3.6).
 HOPPER = {
     "fp16": ((2048, _small(64, 4)), (4096, _small(64, 4, rows=32)), (ANY, _large(64, warps=4))),
     "tf32": ((2048, _small(32, 4)), (ANY, _small(32, 4, stages=2, rows=32))),
@@ -43,9 +43,9 @@ HOPPER = {
     ),
     "fp32": ((ANY, _small(16, 4)),),
 }
-# Elsewhere: the small tile up to 4,096 rows. On sm_100 fp16 with more stages spills, and Triton 3.6
-# to 3.8 compile fp16x3 to a trap unless the tile is too small for that chip's own matrix unit; it
-# spills on sm_80.
+# For updates, and on other GPUs for up to 4,096 rows; beyond, the large ones. On sm_100 fp16 with
+# more stages spills, and Triton 3.6 to 3.8 compile fp16x3 to a trap unless the tile is too small
+# for that chip's own matrix unit; it spills on sm_80.
 SMALL = {
     "fp16": _small(64, 4),
     "tf32": _small(32, 4),
@@ -81,15 +81,18 @@ ARCHITECTURES = (80, 90, 100)
 LITTLE_MEMORY = (86, 89, 120)
 
 
+def _small_tile(precision: str, arch: int, hidden_dim: int) -> Tile:
+    small = SMALL_512[precision] if hidden_dim > 256 else SMALL[precision]
+    return small._replace(stages=2) if arch in LITTLE_MEMORY else small
+
+
 def choose_tile(n_rows: int, precision: str, arch: int = 90, hidden_dim: int = 256) -> Tile:
     """The sampler's tile for a batch on sm_{arch}."""
-    small = SMALL_512[precision] if hidden_dim > 256 else SMALL[precision]
-    if arch in LITTLE_MEMORY:
-        return small._replace(stages=2)
     family = max(known for known in ARCHITECTURES if known <= arch)
     if family == 90 and hidden_dim <= 256:
         return next(tile for most, tile in HOPPER[precision] if n_rows <= most)
-    if n_rows <= SMALL_BATCH:
+    small = _small_tile(precision, arch, hidden_dim)
+    if n_rows <= SMALL_BATCH or arch in LITTLE_MEMORY:
         return small
     return LARGE_512.get(precision, small) if hidden_dim > 256 else LARGE[family, precision]
 
@@ -121,7 +124,7 @@ def choose_update_tile(precision: str, arch: int = 90, hidden_dim: int = 256) ->
     It does not depend on how many agents learn together: each has to get the numbers it would get
     alone. 256 rows are 16 tiles, so that one agent's chain is short and eight agents fill an H100.
     """
-    tile = choose_tile(1, precision, arch, hidden_dim)
+    tile = _small_tile(precision, arch, hidden_dim)
     if precision == "tf32" and hidden_dim > 256 and arch < 90:
         tile = tile._replace(chunk=16)  # or training.fit would take 166 KB of an A100's 163
     return tile

@@ -14,10 +14,10 @@ One Diffusion-QL update, for several agents at once (program_id(last axis) is th
 
 Q is a number, so the gradient of a critic's loss is that of Q times the error of each row: fit goes
 back through the critics before the targets are known. So the chain of dependencies holds one pass
-of the policy's chain forward and one backward. Rows (of the batch, in each timestep) stay within a program, from the draw of the
-transition to the gradients of the pre-activations. These go through L2 to the products over rows
-that make the weights' gradients: no atomics, sums in a fixed order, so that two runs agree bit for
-bit.
+of the policy's chain forward and one backward. Rows (of the batch, in each timestep) stay within a
+program, from the draw of the transition to the gradients of the pre-activations. These go through
+L2 to the products over rows that make the weights' gradients: no atomics, sums in a fixed order, so
+that two runs agree bit for bit.
 
 Shapes, for n agents, B transitions, N target samples per state, R = (T + 1)·B rows of the policy:
 first the B of cloning, then B for each iteration of the chain. Packed networks lie averaged before
@@ -181,11 +181,10 @@ def sample(
 ):  # fmt: skip
     """Programs (tile, agent): first tiles of N·B rows for targets, then tiles of B for the policy.
 
-    With two sides each tile of targets is made twice, and each time valued by another critic: less
-    waits on it, where there are SMs to spare.
-    Leaves target_values, actions, and what the chain's gradient needs. noise: a Noise,
-    (n, (N + 1)·B, action_dim) and (n, T, ...), the targets' rows first, with data that are batches;
-    or None, to draw both. nets and sizes: of policies and critics.
+    With two sides each tile of targets is made twice, once for each critic. Leaves target_values,
+    actions, and what the chain's gradient needs. noise: a Noise, (n, (N + 1)·B, action_dim) and
+    (n, T, ...), the targets' rows first, with data that are batches; or None, to draw both. nets
+    and sizes: of policies and critics.
     """
     N: tl.constexpr = counts.targets
     POLICY: tl.constexpr = sizes.policy

@@ -57,7 +57,7 @@ SUBTASKS = {
 
 @lru_cache
 def build_model() -> mujoco.MjModel:
-    """gymnasium-robotics' Franka arm and kitchen, with a column that touches nothing, as in D4RL."""
+    """gymnasium-robotics' Franka arm and kitchen; as in D4RL a column touches nothing."""
     xml = "envs/assets/kitchen_franka/kitchen_assets/kitchen_env_model.xml"
     spec = load_spec("gymnasium_robotics", xml)
     column = next(g for g in spec.geoms if g.type == mujoco.mjtGeom.mjGEOM_CYLINDER)

@@ -7,8 +7,10 @@ import json
 import pytest
 import torch
 
-from bench import acting, evaluation, first, sampling, timing, training
+import kernels
+from bench import acting, evaluation, first, sampling, tiles, timing, training
 from dql import DiffusionQL
+from kernels.tiles import HOPPER, SMALL, choose_product_tile
 from trainer import loop
 
 
@@ -164,11 +166,11 @@ def small(monkeypatch, few_programs, cuda_graphs):
 
     monkeypatch.setattr(training, "make_agents", make_agents)
     monkeypatch.setattr(training, "BATCH", 8)
-    for module in (first, acting):
+    for module in (first, acting, tiles):
         monkeypatch.setattr(module, "agent_at", lambda *_: DiffusionQL(29, 8, **size))
         monkeypatch.setattr(module, "CANDIDATES", 3)
     monkeypatch.setattr(acting, "CHECKED_STATES", 3)
-    for module in (first, sampling):
+    for module in (first, sampling, tiles):
         monkeypatch.setattr(module, "make_policy", make_policy)
 
 
@@ -202,6 +204,26 @@ def test_the_first_findings_on_a_gpu_are_found(small, monkeypatch, capsys):
     first.graph("eager", "cpu", n=2)
     findings = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(findings) == 2 + 3 + 4 + 1 and all(finding["ok"] for finding in findings), findings
+
+
+def test_a_candidate_for_a_tile_is_checked_with_that_tile(small, monkeypatch):
+    monkeypatch.setattr(tiles, "CHECKED", 3)
+    with tiles.chosen("sampler", [1, 32, 64, 4, 2]):
+        tiles.check_one("sampler", "fp16", "cpu")
+        assert kernels.sampler.choose_tile(3, "fp16").rows == 32
+    with tiles.chosen("product", [32, 32, 64, 4, 2]):
+        assert kernels.launches.choose_product_tile("fp16").inputs == 32
+
+
+def test_the_shipped_tiles_are_among_those_that_are_timed():
+    candidates = tiles.candidates()
+    assert len(candidates) == len(set(candidates))
+    for precision, by_rows in HOPPER.items():
+        for tile in [tile for _, tile in by_rows] + [SMALL[precision]]:
+            fields = " ".join(str(int(field)) for field in tile)
+            assert f"sampler {precision} {fields}" in candidates
+    product = " ".join(map(str, choose_product_tile("fp16")))
+    assert f"product fp16 {product}" in candidates
 
 
 def test_a_part_that_breaks_or_hangs_is_a_finding(monkeypatch):

@@ -1,4 +1,4 @@
-"""tasks/simulation.py: models as D4RL's MuJoCo had them. What it steps, the tasks' tests look at."""
+"""tasks/simulation.py: models as D4RL's MuJoCo had them. The tasks' tests look at its steps."""
 
 import mujoco
 import numpy as np

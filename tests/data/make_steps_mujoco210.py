@@ -14,7 +14,7 @@ umaze), pen and kitchen, with N = 64 steps from states of random walks:
 
     NAME/qpos (N, nq), qvel (N, nv), action (N, A)    before the step; actions are in [-1, 1]
     NAME/next_qpos, next_qvel, n_contacts (N,)        after it, from a cold start of the solver
-    NAME/next_obs (N, S), reward (N,), done (N,)      likewise; the kitchen's without noise and goals
+    NAME/next_obs (N, S), reward (N,), done (N,)      likewise; the kitchen's without noise, goals
     NAME/body_mass (B,), body_ipos (B, 3), body_inertia (B, 3), body_iquat (B, 4)     of all bodies
     pen/wanted (N, 3), ant/wanted (N, 2)              the pen's direction and the ant's goal
 """
