@@ -1,6 +1,6 @@
 """Acting: the best of 50 candidates by softmax of Q; eager, compiled, in a graph, and fused.
 
-    python -m bench.acting          # on a CPU a minute and a half; not run on a GPU yet
+    python -m bench.acting          # on a CPU a minute and a half; on a GPU one with --quick
     python -m bench.acting --quick  # one state and 100 states, under a minute
 
 Variants: plain is dql.py's act as it is, eager what kernels/eager.py makes of it, compile that with

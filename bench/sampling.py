@@ -1,6 +1,6 @@
 """Sampling actions from a diffusion policy: eager, compiled, in CUDA graphs, fused into one kernel.
 
-    python -m bench.sampling          # on a CPU about a minute; not run on a GPU yet
+    python -m bench.sampling          # on a CPU about a minute; on a GPU one with --quick
     python -m bench.sampling --quick  # a few sizes
 
 Variants: plain is dql.py's chain as it is, eager the one that kernels/eager.py makes of it. On a

@@ -12,7 +12,7 @@ A reverse-diffusion chain, or a whole decision, is one launch; an update is nine
 kernels.graphs captures functions of tensors in CUDA graphs; kernels.eager makes plain agents
 faster without Triton. kernels.available() says whether the fused kernels can run here,
 kernels.why_not() why not. They also run on CPU tensors in Triton's interpreter
-(TRITON_INTERPRET=1), slowly, which is how they are tested. Nothing here has been run on a GPU yet.
+(TRITON_INTERPRET=1), slowly, which is how they are tested without a GPU.
 """
 
 from importlib.util import find_spec

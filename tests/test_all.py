@@ -27,12 +27,12 @@ def test_every_part_is_run_whatever_fails(tmp_path, ran, capsys):
     assert everything.main(["--out", str(tmp_path)]) == 1
     commands = [command for command, _ in ran]
     modules = [command[0].rpartition(".")[2] for command in commands]
-    order = "first pytest training acting sampling training bandit plot"
+    order = "first pytest training acting sampling training tiles bandit plot"
     assert modules == order.split()
-    assert "--full-run" in commands[5] and "--fused" in commands[6]
+    assert "--full-run" in commands[5] and "--fused" in commands[7]
     assert all(str(tmp_path) in command for command in commands if command[0] != "pytest")
     printed = capsys.readouterr().out
-    assert "FAILED: first: broken" in printed and "8 parts, 1 of them failed" in printed
+    assert "FAILED: first: broken" in printed and "9 parts, 1 of them failed" in printed
 
 
 def test_a_part_that_does_not_fit_is_quick_or_left_out(tmp_path, ran, capsys):
@@ -41,11 +41,11 @@ def test_a_part_that_does_not_fit_is_quick_or_left_out(tmp_path, ran, capsys):
     assert fitted(whole, 200, False) == (["bench.x"], 100)
     assert fitted(whole, 200, True) == fitted(whole, 50, False) == quick
     assert fitted(whole, 5, False) is None and fitted(slow, 50, True) is None
-    asked = ["--minutes", "3", "--parts", "tests", "training", "--out", str(tmp_path)]
+    asked = ["--minutes", "2.5", "--parts", "tests", "training", "--out", str(tmp_path)]
     assert everything.main(asked) == 1
     ((command, limit),) = ran
-    assert command[0] == "bench.training" and "--quick" in command and limit <= 180
-    left_out = "tests is left out: it takes about 200 s, and 180 s are left"
+    assert command[0] == "bench.training" and "--quick" in command and limit <= 150
+    left_out = "tests is left out: it takes about 180 s, and 150 s are left"
     assert left_out in capsys.readouterr().out
 
 
@@ -56,7 +56,7 @@ def test_parts_that_need_a_gpu_are_left_out_without_one(ran, monkeypatch, capsys
     modules = ["bench.training", "bench.acting", "bench.sampling", "bench.plot"]
     assert [command[0] for command, _ in ran] == modules
     assert not any("--out" in command for command, _ in ran)
-    assert capsys.readouterr().out.count("is left out: no CUDA GPU was found") == 4
+    assert capsys.readouterr().out.count("is left out: no CUDA GPU was found") == 5
 
 
 def test_a_part_that_fails_or_overruns_is_ended():
