@@ -253,7 +253,8 @@ def cases(device, quick: bool) -> list[tuple[int, int, dict]]:
 
 
 def tile_name(tile) -> str:
-    return f"{'transposed ' if tile.transposed else ''}{tile.rows}x{tile.chunk}"
+    """As in bench.tiles: transposed, rows, chunk, warps, stages."""
+    return " ".join(str(int(field)) for field in tile)
 
 
 def measure_tiles(batches, device, seconds: float) -> list[dict]:

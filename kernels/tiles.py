@@ -1,10 +1,11 @@
 """How a batch is cut up for a kernel: rows per program, chunk size, warps, pipeline stages.
 
-sm_90's tiles were timed on an H100 (bench/tiles.py), those of other GPUs chosen by compiling
-(bench/offline.py). The small ones are transposed, so that 16 or 32 rows still fill the matrix
-units, and keep every SM busy at small batches; the large ones read each weight for more rows.
-bench.sampling times all at sizes around those where the choice changes. With two stages a chunk's
-weights are loaded only once the chunk before it is finished; with three they are loaded meanwhile.
+sm_90's tiles for up to 256 hidden units were timed in the sampler on an H100 (bench/tiles.py), the
+others chosen by compiling (bench/offline.py); of updates only fp16's was timed. The small ones are
+transposed, so that 16 or 32 rows still fill the matrix units, and keep every SM busy at small
+batches; the large ones read each weight for more rows. bench.sampling times all at sizes around
+those where the choice changes. With two stages a chunk's weights are loaded only once the chunk
+before it is finished; with three they are loaded meanwhile.
 """
 
 from typing import NamedTuple
@@ -30,9 +31,9 @@ def _large(rows: int, chunk: int = 32, warps: int = 8, stages: int = 3) -> Tile:
 
 ANY = 1 << 62  # rows
 # Each tile with the most rows of a batch that it is for: 132 SMs have a program each up to 2,112
-# rows if it takes 16, up to 4,224 if it takes 32. fp32 uses no matrix unit, and its larger tiles
-# are slower at any size. Those of tf32 that are not transposed are 1 % faster at best, and some
-# make wgmma read beyond shared memory (Triton 3.6).
+# rows if it takes 16, up to 4,224 if it takes 32. fp32 uses no matrix unit, and a tile of 64 rows
+# is slower at any size. Those of tf32 that are not transposed are 1 % faster at best, and some make
+# wgmma read beyond shared memory (Triton 3.6).
 HOPPER = {
     "fp16": ((2048, _small(64, 4)), (4096, _small(64, 4, rows=32)), (ANY, _large(64, warps=4))),
     "tf32": ((2048, _small(32, 4)), (ANY, _small(32, 4, stages=2, rows=32))),
@@ -71,8 +72,8 @@ SMALL_512 = {
     "fp32": _small(16, 8),
 }
 LARGE_512 = {"fp16": _large(64)}
-# training.fit runs beside sample, which takes longer: without pipelining it leaves room for more
-# programs on an SM, and eight agents take 80 µs there instead of 95 with two stages (H100).
+# training.fit runs beside sample, which takes longer with one agent. Without pipelining more of its
+# programs fit on an SM: alone it takes 80 µs for eight agents, with two stages 96 (H100).
 FIT_STAGES = 1
 SMALL_BATCH = 4096  # rows up to which tiles are small where none were timed
 ARCHITECTURES = (80, 90, 100)

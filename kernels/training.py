@@ -6,7 +6,7 @@ One Diffusion-QL update, for several agents at once (program_id(last axis) is th
     fit               beside it: Q(s, a), dQ/du; the policy against the noise, forward and backward
     weight_gradients  of the critics, against r + γ·(1-done)·min Q'          (gradients.py)
     adam              clip, Adam, target average, packed copies              (optimizer.py)
-    climb             Q(s, a⁰), dQ/da, and back through all T steps of the chain
+    climb             Q(s, a⁰), dQ/da, and back through all T steps of the chain; critics' losses
     weight_gradients  of the policies
     time_gradient     of the time embedding's network                        (gradients.py)
     adam              as above
@@ -160,7 +160,7 @@ def _transitions(agent, row, seed, draw, n_transitions, B, GIVEN: tl.constexpr):
 def td_errors(bellman, agent, critic, b, valid, B, N: tl.constexpr):
     """Q_i(s, a) - (r + γ·(1-done)·min(Q'₁, Q'₂)(s', a')) of the batch's rows b; 0 if not valid.
 
-    Q' are the largest of N samples of a'.
+    Q' are the largest of N samples of a', of those that are not NaN.
     """
     j = tl.arange(0, triton.next_power_of_2(N))
     values = bellman.target_values + 2 * agent * N * B + b[:, None] * N + j[None, :]
@@ -357,7 +357,7 @@ def climb(
     x = clamp(unclamped, chain.max_action)
     q_net = nth_network(nets.critic, 4 * agent + 2 + tl.where(heads, role, 1 - role), CRITIC)
     q_net = shift_weights(q_net, zero)
-    # What the critics' own gradients needed is no longer needed.
+    # What the critics' own gradients needed is no longer needed. (Nobody reads h from here.)
     q_saved = further(memory.critic.saved, 2 * wide * B * 3 * H)
     y = network(s, x, q_net, CRITIC, tile, q_saved, b, valid & (role == 0))
     q = tl.where(valid, tl.sum(y, 0 if TRANSPOSED else 1), 0.0)

@@ -117,7 +117,7 @@ def search(body: str, seconds: float, seed: int, report=print) -> list[dict]:
             spread = np.concatenate([plus[best], minus[best]]).std() + 1e-8
             step = np.tensordot(plus[best] - minus[best], deltas[best], axes=1)
             matrix += settings.rate / (settings.best * spread) * step
-            if time.monotonic() - measured_at > min(10.0, seconds / 20):
+            if time.monotonic() - measured_at > min(5.0, seconds / 20):
                 measured_at = time.monotonic()
                 (weights,), (bias,) = normaliser.fold(matrix[None])
                 policy = {

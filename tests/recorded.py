@@ -133,7 +133,9 @@ def on_device(device):
 
 @contextmanager
 def on_stream(stream):
-    assert stream.device == current_device[-1], "a stream of another device than the current one"
+    if stream is not None:
+        here = stream.device == current_device[-1]
+        assert here, "a stream of another device than the current one"
     yield
 
 

@@ -22,9 +22,10 @@ CASES = [
     *(f"actor {size} 256 {precision}" for size in ("small", "large") for precision in PRECISIONS),
     *(f"sampler {size} 256 fp16" for size in ("small", "middle", "large")),
     *(f"actor {size} {hidden} fp16" for size in ("small", "large") for hidden in (128, 512)),
-    # The critics' weight gradients and Adam are the policy's kernels with other constants.
+    # The critics' Adam is the policy's with other constants.
     *(f"update {kernel} 256 fp16" for kernel in ("sample", "fit", "climb")),
-    *(f"update {kernel} 256 fp16" for kernel in ("weight_gradients policy", "time_gradient")),
+    *(f"update weight_gradients {kind} 256 fp16" for kind in ("policy", "critic")),
+    "update time_gradient 256 fp16",
     *(f"update {kernel} 256 fp16" for kernel in ("adam policy", "finish")),
     *(f"update climb 256 {precision}" for precision in ("tf32", "fp16x3", "fp32")),
 ]

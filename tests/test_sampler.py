@@ -72,8 +72,7 @@ def assert_actions_are_right(sizes, precision, gain, size, limit):
     ],
 )
 def test_actions_are_about_as_exact_as_eager_ones(sizes, precision, gain, size):
-    limit = allowed(precision, DEVICE == "cuda", hidden_dim=sizes[2])
-    assert_actions_are_right(sizes, precision, gain, size, limit)
+    assert_actions_are_right(sizes, precision, gain, size, allowed(precision, DEVICE == "cuda"))
 
 
 @needs_interpreter

@@ -4,6 +4,7 @@ import gc
 import math
 import warnings
 import weakref
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -201,17 +202,64 @@ def test_a_device_may_be_named_without_its_index():
     assert FusedUpdate(agent, make_transitions(agent), 8).run(1)["bc_loss"].isfinite()
 
 
+@pytest.mark.parametrize("precision", PRECISIONS if DEVICE == "cuda" else ["fp32"])
 @pytest.mark.parametrize("max_q_backup", [False, True])
-def test_target_critics_side_by_side_change_no_bit(max_q_backup, monkeypatch):
+def test_target_critics_side_by_side_change_no_bit(max_q_backup, precision, monkeypatch):
     found = []
     for multiprocessors in (1, 1000):
         monkeypatch.setattr(launches, "multiprocessors", lambda _, n=multiprocessors: n)
         agent = make_agent(max_q_backup=max_q_backup)
-        update = fused(agent, 20, transitions=make_transitions(agent))
+        update = fused(agent, 5, precision, make_transitions(agent))
         assert update.launches.counts.sides == (1 if multiprocessors == 1 else 2)
         update.run(2)
         found.append(tensors(agent))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_fit_runs_beside_sample(monkeypatch):
+    """On a stream of its own, after what came before, and before what needs its results."""
+    order, current = [], ["main"]
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            order.append(f"{self.name} waits for {other.name}")
+
+    @contextmanager
+    def on_stream(stream):
+        current.append(stream.name)
+        yield
+        current.pop()
+
+    class Noted:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            return lambda *_, **__: order.append(f"{self.name} on {current[-1]}")
+
+    agent = make_agent()
+    update = FusedUpdate(agent, make_transitions(agent), 8)
+    update.launches.beside = Stream("beside")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: Stream("main"))
+    monkeypatch.setattr(torch.cuda, "stream", on_stream)
+    for module, name in (
+        *((training, name) for name in ("sample", "fit", "climb")),
+        *((gradients, name) for name in ("weight_gradients", "time_gradient")),
+        *((optimizer, name) for name in ("adam", "finish")),
+    ):
+        monkeypatch.setattr(module, name, Noted(name))
+    update.launches.update(update.columns)
+    assert order[:5] == [
+        "beside waits for main",
+        "sample on main",
+        "fit on beside",
+        "main waits for beside",
+        "weight_gradients on main",
+    ]
+    assert all(each.endswith("on main") for each in order[5:])
 
 
 def test_batches_and_data_of_other_shapes_are_refused():
@@ -245,12 +293,14 @@ def test_too_little_memory_is_refused_with_how_much_is_needed(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_eight_agents_in_a_graph_get_what_each_gets_alone():
-    agents = [make_agent(29, 8, hidden_dim=256, seed=seed, max_q_backup=True) for seed in range(8)]
+@pytest.mark.parametrize("max_q_backup", [False, True])  # alone, the first has two sides in sample
+def test_eight_agents_in_a_graph_get_what_each_gets_alone(max_q_backup):
+    how = dict(hidden_dim=256, max_q_backup=max_q_backup)
+    agents = [make_agent(29, 8, seed=seed, **how) for seed in range(8)]
     transitions = make_transitions(agents[0], 10_000)
     FusedUpdate(agents, transitions, 256).run(200)
     for seed in (0, 7):
-        alone = make_agent(29, 8, hidden_dim=256, seed=seed, max_q_backup=True)
+        alone = make_agent(29, 8, seed=seed, **how)
         FusedUpdate(alone, transitions, 256).run(200)
         assert_same(alone, tensors(agents[seed]))
 
