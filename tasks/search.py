@@ -7,7 +7,7 @@ The search (Mania, Guy, Recht, 2018, ARS V2-t) perturbs one matrix in random dir
 episode with each, and moves the matrix along the best directions, weighted by the differences of
 their returns. States are normalised with the mean and standard deviation of all states seen. The
 bonus for being alive is left out of the returns that the search climbs: it would pay for standing
-still.
+still. Some seeds learn to fall forwards and stay there (walker2d's 0 and 3 do): take another.
 
 Saved are policies found on the way, action = clip(weights·s + bias, ±1), each with its mean return
 without and with the data's noise.
