@@ -74,30 +74,33 @@ def power_of_two(x):
 class RoundedNetwork(torch.autograd.Function):
     """Four layers with mish between them: x (n,D) -> (n,OUT).
 
-    first_bias is (H,) or (n,H); other weights and biases are as torch.nn.Linear's.
+    first_bias is (H,) or (n,H); other weights and biases are as torch.nn.Linear's. Through a critic
+    the kernels go back from 1, and multiply rows by the gradient of Q only then.
     """
 
     @staticmethod
-    def forward(ctx, precision, x, first_bias, w_1, w_2, b_2, w_3, b_3, w_4, b_4):
+    def forward(ctx, precision, critic, x, first_bias, w_1, w_2, b_2, w_3, b_3, w_4, b_4):
         r = ROUND[precision]
         w_1, w_2, w_3, w_4 = r(w_1 * LOG2E), r(w_2), r(w_3), r(w_4 / LOG2E)
         u_1 = r(x) @ w_1.t() + first_bias * LOG2E
         u_2 = r(mish(u_1)) @ w_2.t() + b_2 * LOG2E
         u_3 = r(mish(u_2)) @ w_3.t() + b_3 * LOG2E
-        ctx.precision, ctx.bias_shape = precision, first_bias.shape
+        ctx.precision, ctx.critic, ctx.bias_shape = precision, critic, first_bias.shape
         ctx.save_for_backward(x, u_1, u_2, u_3, w_1, w_2, w_3, w_4)
         return r(mish(u_3)) @ w_4.t() + b_4
 
     @staticmethod
     def backward(ctx, g):
         r, (x, u_1, u_2, u_3, w_1, w_2, w_3, w_4) = ROUND[ctx.precision], ctx.saved_tensors
+        g, factor = (torch.ones_like(g), g) if ctx.critic else (g, 1.0)
         up = power_of_two(g) if ctx.precision == "fp16" else 1.0
         d_3 = r(g * up) @ w_4 * mish_slope(u_3)
         d_2 = r(d_3) @ w_3 * mish_slope(u_2)
         up_2 = power_of_two(d_2) if ctx.precision == "fp16" else 1.0
         d_1 = r(d_2 * up_2) @ w_2 * mish_slope(u_1)
-        dx = r(d_1) @ w_1 / (up * up_2)
-        d_1, d_2, d_3 = d_1 / (up * up_2), d_2 / up, d_3 / up
+        dx = r(d_1) @ w_1 / (up * up_2) * factor
+        d_1, d_2, d_3 = d_1 / (up * up_2) * factor, d_2 / up * factor, d_3 / up * factor
+        g = g * factor
         # Products over rows are tf32's at either precision.
         dw_1, dw_2, dw_3, dw_4 = (
             to_tf32(d).t() @ to_tf32(v)
@@ -105,7 +108,7 @@ class RoundedNetwork(torch.autograd.Function):
         )
         db_1 = (d_1 * LOG2E).sum_to_size(ctx.bias_shape)
         db_2, db_3 = d_2.sum(0) * LOG2E, d_3.sum(0) * LOG2E
-        return None, dx, db_1, dw_1 * LOG2E, dw_2, db_2, dw_3, db_3, dw_4 / LOG2E, g.sum(0)
+        return None, None, dx, db_1, dw_1 * LOG2E, dw_2, db_2, dw_3, db_3, dw_4 / LOG2E, g.sum(0)
 
 
 def imitate(precision: str) -> None:
@@ -120,14 +123,14 @@ def imitate(precision: str) -> None:
         layers = *self.mid_layer[2::2], self.final_layer
         later = [p for layer in layers for p in (layer.weight, layer.bias)]
         x = torch.cat([x, state], dim=1)
-        return RoundedNetwork.apply(precision, x, of_times[t], w_1, *later)
+        return RoundedNetwork.apply(precision, False, x, of_times[t], w_1, *later)
 
     def forward(self, state, action):
         state = state.repeat_interleave(len(action) // len(state), 0)
         x, found = torch.cat([state, action], dim=1), []
         for model in (self.q1_model, self.q2_model):
             w_1, b_1, *later = model.parameters()
-            found.append(RoundedNetwork.apply(precision, x, b_1, w_1, *later))
+            found.append(RoundedNetwork.apply(precision, True, x, b_1, w_1, *later))
         return tuple(found)
 
     dql.DiffusionPolicy.predict_noise, dql.TwinCritic.forward = predict_noise, forward
