@@ -1,14 +1,15 @@
 """Which tiles are fastest on this GPU: candidates for kernels/tiles.py, timed beside each other.
 
-    python -m bench.tiles                                # five minutes with 16 cores
+    python -m bench.tiles                                # four minutes with 16 cores, estimated
     python -m bench.tiles "sampler fp16 1 16 64 4 3"     # compile and check one, in this process
 
 A candidate is a kind (sampler, actor, update or product: an update's weight gradients), a precision
 and the fields of a tile. Each is first compiled and checked, samples and values against float64,
-updates against plain torch, in a process of its own, many at once: some do not fit, and some become machine code that reads beyond its memory. Those
-that are right are then timed, in graphs: the sampler at several batch sizes, the actor at several
-numbers of states, an update with 1 and 8 agents, with the time of each launch. Results are in
-microseconds (median), in bench/results/tiles_DEVICE.json as soon as they are known.
+updates against plain torch, in a process of its own, many at once: some do not fit, and some become
+machine code that reads beyond its memory. Those that are right are then timed, in graphs: the
+sampler at several batch sizes, the actor at several numbers of states, an update with 1 and 8
+agents, with the time of each launch. Results are in microseconds (median), in
+bench/results/tiles_DEVICE.json as soon as they are known. tiles_h100.json is an earlier form's.
 """
 
 import argparse
