@@ -5,9 +5,8 @@ data: a planner chooses the direction, this chooses what the eight joints do. It
 current state and the direction only, and even the phase of its gait is read from the joints. Data
 made with it are therefore Markov in the observation, as offline reinforcement learning assumes.
 
-It reaches the umaze goal within 700 steps in 95, 96 and 94 % of 128 episodes at action noise 0, 0.2
-and 0.5, after 157, 170 and 210 steps on average, and the medium and large goals within 1000 steps
-in 91 and 92 % of 64 episodes at noise 0.2. When it fails, it has fallen on its back.
+With the planner and D4RL's action noise of 0.2, of 200 ants in the umaze 95.5 % reach their goal
+(python -m experiments.d4rl_policies).
 
 Frames and notation
     Leg i = 0..3 stands at the body angle φᵢ = 45° + 90°·i, with the radial unit vector
