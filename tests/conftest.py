@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 # One thread for torch, for numpy (Triton's interpreter multiplies with it) and for runs that tests
@@ -21,6 +22,11 @@ if not torch.cuda.is_available():
 
 # Imports triton where it is installed: its LLVM crashes if Mesa's OpenGL is loaded first.
 import torch._dynamo  # noqa: E402, F401
+
+with suppress(ImportError):  # triton has no package for this platform
+    import interpreter
+
+    interpreter.install()
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
