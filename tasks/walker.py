@@ -6,7 +6,7 @@ current state and the direction only, and even the phase of its gait is read fro
 made with it are therefore Markov in the observation, as offline reinforcement learning assumes.
 
 With the planner and D4RL's action noise of 0.2, of 200 ants in the umaze 95.5 % reach their goal
-(python -m experiments.d4rl_policies).
+(python -m experiments.d4rl_policies FOLDER).
 
 Frames and notation
     Leg i = 0..3 stands at the body angle φᵢ = 45° + 90°·i, with the radial unit vector

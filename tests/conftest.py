@@ -23,10 +23,11 @@ if not torch.cuda.is_available():
 # Imports triton where it is installed: its LLVM crashes if Mesa's OpenGL is loaded first.
 import torch._dynamo  # noqa: E402, F401
 
-with suppress(ImportError):  # triton has no package for this platform
-    import interpreter
+if not torch.cuda.is_available():
+    with suppress(ImportError):  # triton has no package for every platform
+        import interpreter
 
-    interpreter.install()
+        interpreter.install()
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
