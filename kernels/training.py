@@ -231,8 +231,7 @@ def sample(
     if not current:
         x = clamp(x, chain.max_action)
         EACH: tl.constexpr = 2 // counts.sides
-        for i in tl.range(0, EACH):
-            k = side * EACH + i
+        for k in tl.range(side * EACH, side * EACH + EACH):
             q_net = nth_network(nets.critic, 4 * agent + k, CRITIC)
             y = network(s, x, shift_weights(q_net, k * zero), CRITIC, tile)
             values = memory.bellman.target_values + (2 * agent + k) * N * B
