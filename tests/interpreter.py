@@ -8,32 +8,31 @@ of 32-bit integers is made again in 64 bits for an assertion that the interprete
 Triton 3.6's also gets 3.8's way to make a loop's bound of a tensor: its own fails from numpy 2.4 on.
 """
 
-from contextlib import suppress
 from dataclasses import replace
 
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, InterpreterError, interpreter_builder
 
+TRITONS_CALL = InterpretedFunction.__call__
+TRITONS_OPTIONS = interpreter_builder.options
+
 
 def install() -> None:
-    first_call, called = InterpretedFunction.__call__, set()
+    called, patch_tensor = set(), interpreter._patch_lang_tensor
 
     def call(self, *args, **kwargs):
         if self not in called:
             called.add(self)
-            return first_call(self, *args, **kwargs)
+            return TRITONS_CALL(self, *args, **kwargs)
         try:
             return self.rewrite()(*args, **kwargs)
         except Exception as e:
             raise InterpreterError(repr(e)) from e
 
-    InterpretedFunction.__call__ = call
-    patch_tensor = interpreter._patch_lang_tensor
-
     def patch(tensor, scope):
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
 
+    InterpretedFunction.__call__ = call
     interpreter._patch_lang_tensor = patch
-    with suppress(TypeError):  # another Triton may not have the option
-        interpreter_builder.options = replace(interpreter_builder.options, sanitize_overflow=False)
+    interpreter_builder.options = replace(TRITONS_OPTIONS, sanitize_overflow=False)

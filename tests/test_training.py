@@ -37,7 +37,7 @@ def weights(agent):
     return found | {name: state[name] for name in state if "optimizer.exp_avg" in name}
 
 
-def test_twelve_updates_stay_as_near_to_float64_as_eager_ones():
+def test_twenty_updates_stay_as_near_to_float64_as_eager_ones():
     """With averages, decaying rates and both sides of the coin."""
     how = dict(
         n_timesteps=2,
@@ -53,21 +53,21 @@ def test_twelve_updates_stay_as_near_to_float64_as_eager_ones():
     )
     exact, plain, ours = (make_agent(5, 2, **how) for _ in range(3))
     start, exact, update, coins = weights(plain), to_float64(exact), fused(ours, 6, "fp16x3"), []
-    for i in range(12):
-        scale_rates((exact, plain, ours), 1 - i // 3 / 4)
+    for i in range(20):
+        scale_rates((exact, plain, ours), 1 - i // 4 / 4)
         batch, noise = away_from_clamps(plain, 6, seed=i)
         coins.append(noise.coin > 0.5)
         exact.update(*doubled(batch, noise))
         plain.update(batch, noise)
         update.step(batch, noise)
-    assert 2 < sum(coins) < 10
+    assert 2 < sum(coins) < 18
     far, near, mine = weights(exact), weights(plain), weights(ours)
     for name, target in far.items():
         moved = (target - start[name]).norm()  # errors are relative to that
         eager, found = ((x[name] - target).norm() / moved for x in (near, mine))
         assert found < max(3 * eager, 1e-5), f"{name}: fused {found:.1e}, eager {eager:.1e}"
     states = [s for o in (ours.policy_optimizer, ours.critic_optimizer) for s in o.state.values()]
-    assert ours.step == 12 and all(int(state["step"]) == 12 for state in states)
+    assert ours.step == 20 and all(int(state["step"]) == 20 for state in states)
 
 
 def test_one_whole_update_of_the_released_code(oracle):

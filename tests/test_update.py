@@ -65,6 +65,24 @@ def test_the_tile_does_not_depend_on_how_many_agents_there_are():
     assert tiles == {choose_update_tile("fp16", hidden_dim=128)}
 
 
+@needs_interpreter
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_interpreters_short_cuts_change_no_bit(precision, monkeypatch):
+    import interpreter
+
+    def trained():
+        agent = make_agent(max_q_backup=True)
+        fused(agent, 5, precision, make_transitions(agent)).run(1)
+        return tensors(agent)
+
+    quick = trained()
+    whole = interpreter.TRITONS_CALL
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", whole)
+    monkeypatch.setattr(interpreter.interpreter_builder, "options", interpreter.TRITONS_OPTIONS)
+    as_triton_does = trained()
+    assert all(torch.equal(quick[name], as_triton_does[name]) for name in quick)
+
+
 def test_nan_in_one_update_is_nan_in_the_mean():
     agent = make_agent(5, 2, **SMALL)
     transitions = make_transitions(agent)
