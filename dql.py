@@ -22,17 +22,19 @@ Where the paper and the authors' code differ, the code is followed: it made the 
 
 import copy
 import math
+import os
 import random
 import sys
 from dataclasses import dataclass
 from typing import NamedTuple
 
+if __name__ == "__main__":  # before torch is loaded: threads that wait longer slow a busy machine
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
-# ---- Hyperparameters -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ RECIPES = {  # eta, max-Q backup, rewards, epochs, gradient norm, rank of the BC
     "kitchen-mixed-v0": Recipe(0.005, False, "none", 1000, 10.0, 0),
 }
 
-# ---- The policy: a conditional diffusion model over actions (section 3.1) ------------------------
+# ---- The networks: a diffusion model over actions given a state (section 3.1), and twin critics --
 
 
 def beta_schedule(name: str, n_timesteps: int) -> torch.Tensor:
@@ -95,9 +97,8 @@ def beta_schedule(name: str, n_timesteps: int) -> torch.Tensor:
 
     Raises ValueError for an unknown name or n_timesteps < 1.
     """
-    if n_timesteps < 1:
+    if (T := n_timesteps) < 1:
         raise ValueError(f"n_timesteps must be at least 1, not {n_timesteps}")
-    T = n_timesteps
     if name == "vp":
         t, beta_min, beta_max = torch.arange(1, T + 1, dtype=torch.float64), 0.1, 10.0
         return 1 - torch.exp(-beta_min / T - 0.5 * (beta_max - beta_min) * (2 * t - 1) / T**2)
@@ -175,8 +176,7 @@ class DiffusionPolicy(nn.Module):
         """
         if t is None:
             t = torch.randint(self.n_timesteps, (len(action),), device=action.device)
-        if noise is None:
-            noise = torch.randn_like(action)
+        noise = torch.randn_like(action) if noise is None else noise
         scale, spread = self.sqrt_alpha_bar[t, None], self.sqrt_one_minus_alpha_bar[t, None]
         return F.mse_loss(self.predict_noise(scale * action + spread * noise, t, state), noise)
 
@@ -188,11 +188,9 @@ class DiffusionPolicy(nn.Module):
         state b; noises (T, n·B, A) are added after each step, noises[0] first, the last one never.
         Both are drawn where not given, with n = 1.
         """
-        if x_T is None:
-            x_T = torch.randn(len(state), self.action_dim, device=state.device, dtype=state.dtype)
-        if noises is None:
-            noises = torch.randn(self.n_timesteps, *x_T.shape, device=x_T.device, dtype=x_T.dtype)
-        state = state.repeat_interleave(len(x_T) // len(state), dim=0)
+        x_T = state.new_empty(len(state), self.action_dim).normal_() if x_T is None else x_T
+        noises = x_T.new_empty(self.n_timesteps, *x_T.shape).normal_() if noises is None else noises
+        state = state.repeat_interleave(len(x_T) // max(len(state), 1), dim=0)
         x, m = x_T, self.max_action
         for k, t in enumerate(reversed(range(self.n_timesteps))):
             epsilon = self.predict_noise(x, torch.full((len(x),), t, device=x.device), state)
@@ -201,9 +199,6 @@ class DiffusionPolicy(nn.Module):
             if t > 0:
                 x = x + self.sigma[t] * noises[k]
         return x.clamp(-m, m)
-
-
-# ---- The critics ---------------------------------------------------------------------------------
 
 
 class TwinCritic(nn.Module):
@@ -217,7 +212,7 @@ class TwinCritic(nn.Module):
 
     def forward(self, state, action):
         """state (B,S), action (n·B, A), row b·n+j belonging to state b -> q1, q2, each (n·B, 1)"""
-        state = state.repeat_interleave(len(action) // len(state), dim=0)
+        state = state.repeat_interleave(len(action) // max(len(state), 1), dim=0)
         x = torch.cat([state, action], dim=1)
         return self.q1_model(x), self.q2_model(x)
 
@@ -231,6 +226,16 @@ class Batch(NamedTuple):
     next_state: torch.Tensor  # (B,S)
     reward: torch.Tensor  # (B,1)
     not_done: torch.Tensor  # (B,1), 0 where s' is terminal; a time-out is not
+
+    @classmethod
+    def of(cls, columns, S, A, like) -> "Batch":
+        """Arrays of any kind as tensors like `like`. Raises ValueError where shapes do not fit."""
+        x = [torch.as_tensor(c, dtype=like.dtype, device=like.device).detach() for c in columns]
+        x[3:] = (c[:, None] if c.dim() == 1 else c for c in x[3:])
+        B, shapes = len(x[0]), [tuple(c.shape) for c in x]
+        if shapes != [(B, S), (B, A), (B, S), (B, 1), (B, 1)] or not B:
+            raise ValueError(f"not (B,{S}) (B,{A}) (B,{S}) (B,1) (B,1) with B > 0, but {shapes}")
+        return cls(*x)
 
 
 @dataclass
@@ -249,7 +254,7 @@ class UpdateNoise:
 class DiffusionQL:
     """The agent: a diffusion policy, its moving average, twin critics and their targets.
 
-    hyperparameters: fields of Config. seed: of the initial weights and of everything drawn later.
+    config: fields of Config. seed: of the initial weights and of everything drawn later.
     """
 
     algo = "ql"
@@ -257,10 +262,8 @@ class DiffusionQL:
     NETWORKS = "policy", "policy_ema", "critic", "critic_target"
     OPTIMIZERS = "policy_optimizer", "critic_optimizer"
 
-    def __init__(
-        self, state_dim, action_dim, *, max_action=1.0, device="cpu", seed=0, **hyperparameters
-    ):
-        self.config = c = Config(**hyperparameters)
+    def __init__(self, state_dim, action_dim, *, max_action=1.0, device="cpu", seed=0, **config):
+        self.config = c = Config(**config)
         self.device, self.seed, self.step = torch.device(device), int(seed), 0
         self.n_target_samples = self.MAX_Q_SAMPLES if c.max_q_backup else 1
         self.generator = torch.Generator(self.device).manual_seed(self.seed)
@@ -272,48 +275,48 @@ class DiffusionQL:
         self.policy, self.critic = policy.to(self.device), critic.to(self.device)
         self.policy_ema = copy.deepcopy(self.policy).requires_grad_(False)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
+        self.batch_kind = state_dim, action_dim, self.policy.final_layer.bias
         self.policy_optimizer = adam(self.policy, c.lr)
         self.critic_optimizer = adam(self.critic, c.critic_lr)
 
     def update(self, batch, noise: UpdateNoise | None = None) -> dict:
         """Algorithm 1: a step of critics, policy and averages on a batch (Batch, or its fields).
 
-        Returns {name: 0-d tensor}, the losses and the gradients' norms before clipping.
+        Returns {name: 0-d tensor}, the losses, the mean Q that is climbed and the gradients' norms
+        before clipping. Raises ValueError as Batch.of does.
         """
-        batch, c = Batch(*batch), self.config
-        noise = self.draw_noise(len(batch.state)) if noise is None else noise
+        s, a, s2, r, not_done = Batch.of(batch, *self.batch_kind)
+        noise = self.draw_noise(len(s)) if noise is None else noise
 
         # Target: y = r + γ·min_i Q'_i(s', a'), a' sampled by the averaged policy. With max-Q backup
         # each Q'_i is its best over several a'.
         with torch.no_grad():
-            next_action = self.policy_ema.sample(
-                batch.next_state, x_T=noise.target_x_T, noises=noise.target_noises
-            )
-            target_q = self.critic_target(batch.next_state, next_action)
-            target_q = [q.view(len(batch.state), -1).amax(dim=1, keepdim=True) for q in target_q]
-            target = batch.reward + c.discount * batch.not_done * torch.min(*target_q)
+            a2 = self.policy_ema.sample(s2, x_T=noise.target_x_T, noises=noise.target_noises)
+            target_q = self.critic_target(s2, a2)
+            target_q = [q.view(len(s), -1).amax(dim=1, keepdim=True) for q in target_q]
+            target = r + self.config.discount * not_done * torch.min(*target_q)
 
         # Critics: the squared Bellman error (eq. 4).
-        q1, q2 = self.critic(batch.state, batch.action)
+        q1, q2 = self.critic(s, a)
         critic_loss = F.mse_loss(q1, target) + F.mse_loss(q2, target)
         critic_grad_norm = self.gradient_step(self.critic_optimizer, critic_loss)
 
         # Policy: stay near the data (eq. 2), and climb the Q just updated through the whole chain
         # (eq. 3). A coin says which critic; the other's mean |Q| takes the rewards' scale out of η
         # (in the paper, at the data's actions). Only the actions get Q's gradient, no critic does.
-        bc_loss = self.policy.bc_loss(batch.state, batch.action, t=noise.t, noise=noise.bc_noise)
-        action = self.policy.sample(batch.state, x_T=noise.actor_x_T, noises=noise.actor_noises)
+        bc_loss = self.policy.bc_loss(s, a, t=noise.t, noise=noise.bc_noise)
+        action = self.policy.sample(s, x_T=noise.actor_x_T, noises=noise.actor_noises)
         frozen = {name: p.detach() for name, p in self.critic.named_parameters()}
-        q1, q2 = torch.func.functional_call(self.critic, frozen, (batch.state, action))
+        q1, q2 = torch.func.functional_call(self.critic, frozen, (s, action))
         q, other = (q1, q2) if noise.coin > 0.5 else (q2, q1)
         q_loss = -q.mean() / other.abs().mean().detach()
-        actor_loss = bc_loss + c.eta * q_loss
+        actor_loss = bc_loss + self.config.eta * q_loss
         actor_grad_norm = self.gradient_step(self.policy_optimizer, actor_loss)
 
         # Averages: the target critics follow every update, the averaged policy when it is due.
         self.move_averages()
         metrics = {"critic_loss": critic_loss, "critic_grad_norm": critic_grad_norm}
-        metrics |= {"bc_loss": bc_loss, "q_loss": q_loss}
+        metrics |= {"bc_loss": bc_loss, "q_loss": q_loss, "q_mean": q.mean()}
         metrics |= {"actor_loss": actor_loss, "actor_grad_norm": actor_grad_norm}
         return {name: value.detach() for name, value in metrics.items()}
 
@@ -338,7 +341,6 @@ class DiffusionQL:
         self.step += 1
 
     def policy_average_is_due(self) -> bool:
-        """Whether the averaged policy moves in the update to come."""
         return self.step >= self.config.ema_start and self.step % self.config.ema_every == 0
 
     def draw_noise(self, batch_size: int) -> UpdateNoise:
@@ -371,14 +373,15 @@ class DiffusionQL:
         noise = torch.randn(*shape, generator=generator, device=self.device)
         actions, q = self.propose(flat, noise)
         pick = torch.multinomial(q.softmax(dim=1), 1, generator=generator)
-        action = actions.take_along_dim(pick[:, :, None], dim=1).view(*states.shape[:-1], -1)
+        action = actions.take_along_dim(pick[:, :, None], dim=1).view(*states.shape[:-1], shape[2])
         return action.to(state.device) if torch.is_tensor(state) else action.cpu().numpy()
 
     def propose(self, state, noise):
         """n actions for each state (N,S) of noise (T+1, n·N, A), and their Q: (N,n,A), (N,n)"""
         actions = self.policy.sample(state, x_T=noise[0], noises=noise[1:])
         q = torch.min(*self.critic_target(state, actions))
-        return actions.view(len(state), -1, self.policy.action_dim), q.view(len(state), -1)
+        n = len(actions) // len(state) if len(state) else 1
+        return actions.view(len(state), n, self.policy.action_dim), q.view(len(state), n)
 
     def networks(self) -> dict:
         return {name: getattr(self, name) for name in self.NETWORKS}
@@ -423,9 +426,9 @@ class DiffusionBC(DiffusionQL):
 
     def update(self, batch, noise: UpdateNoise | None = None) -> dict:
         """One step on L_d (eq. 2); arguments and result as DiffusionQL.update's."""
-        batch = Batch(*batch)
-        noise = self.draw_noise(len(batch.state)) if noise is None else noise
-        loss = self.policy.bc_loss(batch.state, batch.action, t=noise.t, noise=noise.bc_noise)
+        s, a, *_ = Batch.of(batch, *self.batch_kind)
+        noise = self.draw_noise(len(s)) if noise is None else noise
+        loss = self.policy.bc_loss(s, a, t=noise.t, noise=noise.bc_noise)
         grad_norm = self.gradient_step(self.policy_optimizer, loss)
         self.move_averages()
         return {"bc_loss": loss.detach(), "actor_grad_norm": grad_norm}
@@ -447,27 +450,21 @@ def adam(module: nn.Module, lr: float) -> torch.optim.Adam:
     return optimizer
 
 
-# ---- Data, and many updates ----------------------------------------------------------------------
-
-
 class Transitions:
     """A data set on the device, sampled uniformly with replacement."""
 
     def __init__(self, state, action, next_state, reward, terminal, device="cpu"):
-        """Arrays (N,S), (N,A) within ±max_action, (N,S), (N,), and (N,), 1 where s' is terminal.
-        Raises ValueError for unequal lengths and for more than one reward or terminal a row."""
-        columns = state, action, next_state, reward, terminal
-        columns = [np.ascontiguousarray(column, dtype=np.float32) for column in columns]
-        if len({len(column) for column in columns}) > 1:
-            raise ValueError(f"arrays of unequal lengths: {[len(column) for column in columns]}")
-        columns[3:] = (column.reshape(len(state), 1) for column in (columns[3], 1 - columns[4]))
-        self.columns = [torch.as_tensor(column, device=device) for column in columns]
+        """Arrays, tensors or lists (N,S), (N,A) within ±max_action, (N,S), and (N,) or (N,1): the
+        reward, and 1 where s' is terminal. Raises ValueError as Batch.of does."""
+        S, A, like = np.shape(state)[-1], np.shape(action)[-1], torch.empty(0, device=device)
+        x = Batch.of((state, action, next_state, reward, terminal), S, A, like)
+        self.columns = [c.contiguous() for c in (*x[:4], 1 - x[4])]
 
     def __len__(self):
         return len(self.columns[0])
 
     def sample(self, batch_size, generator) -> Batch:
-        device = self.columns[0].device
+        device = generator.device
         index = torch.randint(len(self), (batch_size,), generator=generator, device=device)
         return Batch(*(column.index_select(0, index) for column in self.columns))
 
@@ -477,6 +474,9 @@ class Updates:
 
     def __init__(self, agents, transitions, batch_size):
         self.agents, self.transitions, self.batch_size = agents, transitions, batch_size
+        limit, most = agents[0].policy.max_action, float(transitions.columns[1].abs().max())
+        if most > 1.001 * limit:  # no policy could imitate those
+            raise ValueError(f"actions reach ±{most:.4g}, the policy's ±{limit}: scale the data's")
 
     def run(self, n: int) -> list[dict]:
         """n updates of each agent -> for each the mean of every metric over them, 0-d tensors."""

@@ -64,6 +64,16 @@ def undo_compile(agent) -> None:
         agent.__dict__.pop(name, None)
 
 
+class CountingAdam(torch.optim.Adam):
+    """torch's fused Adam writes without raising version counters, by which packed copies of the
+    weights see that they are stale (kernels/packing.py)."""
+
+    def step(self, closure=None):
+        result = super().step(closure)
+        increment_version(self.param_groups[0]["params"])
+        return result
+
+
 def fuse_adam(optimizer) -> None:
     """Let torch's Adam step in one operation, its step count where its parameters are."""
     group = optimizer.param_groups[0]
@@ -72,13 +82,7 @@ def fuse_adam(optimizer) -> None:
     group["fused"] = True
     for p in group["params"]:
         optimizer.state[p]["step"] = optimizer.state[p]["step"].to(p.device)
-    optimizer.register_step_post_hook(_count_writes)
-
-
-def _count_writes(optimizer, *_) -> None:
-    """torch's fused optimizers write without raising version counters, by which packed copies of
-    the weights see that they are stale (kernels/packing.py)."""
-    increment_version(optimizer.param_groups[0]["params"])
+    optimizer.__class__ = CountingAdam  # a copied optimizer keeps its class, but no hooks
 
 
 class _OneExpMish(torch.autograd.Function):
@@ -128,7 +132,7 @@ def _first_layer(policy, state):
     widths = [policy.action_dim, policy.TIME_DIM, policy.state_dim]
     w_action, w_time, w_state = first.weight.split(widths, dim=1)
     of_times = F.linear(policy.time_mlp(times), w_time, first.bias)
-    return w_action.t(), of_times, F.linear(state, w_state)
+    return w_action.t(), of_times, state.mm(w_state.t())
 
 
 def _later_layers(policy, x, w_action, of_time, of_state):
@@ -141,7 +145,9 @@ def _later_layers(policy, x, w_action, of_time, of_state):
 def predict_noise(policy, x, t, state):
     """DiffusionPolicy.predict_noise"""
     w_action, of_times, of_state = _first_layer(policy, state)
-    return _later_layers(policy, x, w_action, of_times[t], of_state)
+    # Not of_times[t]: threads sum that one's gradient in any order.
+    chosen = (t[:, None] == torch.arange(policy.n_timesteps, device=t.device)).to(x.dtype)
+    return _later_layers(policy, x, w_action, chosen @ of_times, of_state)
 
 
 def sample(policy, state, *, x_T=None, noises=None):
@@ -184,9 +190,11 @@ def values(critic, state, action):
 def _pieces(module, state, x) -> list:
     """Slices of the states (B,·) and of their rows in x (n·B,·), CPU_ROWS rows each at most; none
     where all go at once: few rows, another device, or a gradient, which keeps them all anyway."""
-    if torch.compiler.is_exporting():  # one program for any number of rows
+    if torch.compiler.is_exporting() or not len(state):  # exported: for any number of rows
         return []
     n = len(x) // len(state)
+    if n * len(state) != len(x):  # for plain torch to refuse
+        return []
     size = max(1, CPU_ROWS // n)
     if len(state) <= size or state.device.type != "cpu":
         return []

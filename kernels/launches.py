@@ -31,6 +31,7 @@ METRICS = (
     "q_loss",
     "actor_loss",
     "actor_grad_norm",
+    "q_mean",
 )  # in the order of optimizer.finish
 
 
@@ -88,7 +89,7 @@ class Launches:
     """One update of all agents at a time, in nine launches.
 
     policy, critic: Trained. steps (n,), seeds (n,), adam_steps (2, n): counters on the device.
-    metrics (n, 6): sums over updates of METRICS. arch: the GPU's sm_XX. Raises UnsupportedError for
+    metrics (n, 7): sums over updates of METRICS. arch: the GPU's sm_XX. Raises UnsupportedError for
     networks that the kernels cannot take, torch.OutOfMemoryError.
     """
 

@@ -138,7 +138,7 @@ def finish(
     """Programs (copy, agent): a policy's packed biases (T, 3·H + OUT), averaged and current.
 
     Those of the first layer hold the time embedding. Unless metrics is None the second program also
-    adds the update's metrics to metrics (n, 6), FusedUpdate.METRICS, and counts the step: steps
+    adds the update's metrics to metrics (n, 7), FusedUpdate.METRICS, and counts the step: steps
     (n,), adam_steps (2, n). norms.policy, norms.critic: sums of squares of the gradients.
     """
     H: tl.constexpr = sizes.H
@@ -180,7 +180,7 @@ def finish(
             bc_loss = tl.sum(of_policy, 0) / (B * sizes.action_dim)
             norm = _norm(norms.policy + agent * counts.norms, counts.norms)
             q_loss = bc_loss * 0.0
-            mine = metrics + 6 * agent
+            mine = metrics + 7 * agent
             if counts.critics > 0:
                 both = tl.load(losses, mask=there, other=0.0)
                 both += tl.load(losses + counts.tiles, mask=there, other=0.0)
@@ -188,8 +188,9 @@ def finish(
                 squares = norms.critic + agent * counts.critic_norms
                 _add(mine + 1, _norm(squares, counts.critic_norms))
                 values = memory.q_sums + 2 * agent * counts.tiles + part
-                q_loss = -tl.sum(tl.load(values, mask=there, other=0.0), 0)
-                q_loss /= tl.sum(tl.load(values + counts.tiles, mask=there, other=0.0), 0)
+                q = tl.sum(tl.load(values, mask=there, other=0.0), 0)
+                q_loss = -q / tl.sum(tl.load(values + counts.tiles, mask=there, other=0.0), 0)
+                _add(mine + 6, q / B)
                 _add(adam_steps + tl.num_programs(1) + agent, 1.0)
             _add(mine + 2, bc_loss)
             _add(mine + 3, q_loss)

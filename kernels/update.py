@@ -131,18 +131,24 @@ class FusedUpdate:
 
     def step(self, batch, noise):
         """One update on a given Batch, (B,·) each, with a given UpdateNoise; with several agents on
-        lists of them. -> the metrics, as run()."""
+        lists of them. -> the metrics, as run(). Raises UnsupportedError for other shapes."""
         batches, draws = ([batch], [noise]) if self.single else (batch, noise)
         many = f"{len(self.agents)} agents need as many batches and draws of noise"
         require(len(batches) == len(draws) == len(self.agents), many)
-        for given in batches:
-            self._require_columns([column.contiguous() for column in given], self.batch_size)
-        data = training.Columns(*(torch.stack(column).contiguous() for column in zip(*batches)))
+        batches = [[self._column(column) for column in given] for given in batches]
+        for columns in batches:
+            self._require_columns(columns, self.batch_size)
+        data = training.Columns(*(torch.stack(column) for column in zip(*batches)))
         self._prepare()
         with on(self.device):
             self.launches.update(data, self._stacked(draws))
         self._count(1)
         return self._metrics(1)
+
+    def _column(self, values) -> torch.Tensor:
+        """Any array as dql.Batch.of takes it: (B,) as (B,1)."""
+        column = torch.as_tensor(values, dtype=torch.float32, device=self.device).contiguous()
+        return column[:, None] if column.dim() == 1 else column
 
     def _stacked(self, draws: list) -> GivenNoise:
         """The agents' UpdateNoises as the kernels take them."""
