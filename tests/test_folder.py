@@ -165,9 +165,10 @@ def test_a_missing_checkpoint_or_folder_is_named(tmp_path):
 
 
 def test_runs_of_one_name_get_folders_of_their_own(tmp_path):
-    runs = [RunFolder.create(str(tmp_path / "a/b"), "run", {"n": n}) for n in range(3)]
+    made = [{"config": {}, "data": {"crc32": n}, "versions": {}} for n in range(3)]
+    runs = [RunFolder.create(str(tmp_path / "a/b"), "run", config) for config in made]
     assert [run.path.name for run in runs] == ["run", "run-2", "run-3"]
-    assert [run.config() for run in runs] == [{"n": 0}, {"n": 1}, {"n": 2}]
+    assert [run.config() for run in runs] == made
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

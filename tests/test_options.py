@@ -73,7 +73,7 @@ OVERRIDES = {
     "device": "cpu", "threads": 1, "epochs": 3, "updates_per_epoch": 10, "eval_every": 2,
     "eval_episodes": 5, "batch_size": 32, "n_timesteps": 10, "schedule": "cosine",
     "hidden_dim": 64, "eta": 0.25, "reward_tune": "normalize", "lr": 1e-4, "critic_lr": 2e-4,
-    "lr_decay": "released", "grad_norm": 0.5, "discount": 0.9, "tau": 0.1, "ema_decay": 0.9,
+    "lr_decay": "released", "decay_epochs": 2, "grad_norm": 0.5, "discount": 0.9, "tau": 0.1, "ema_decay": 0.9,
     "ema_start": 0, "ema_every": 1, "n_candidates": 3, "top_k": 0, "which": "best", "episodes": 4,
     "backend": "eager", "precision": "tf32", "matmul_precision": "high",
 }  # fmt: skip
@@ -97,7 +97,7 @@ def comments():
     """Options' fields and what is said of each."""
     found, said, sources = {}, [], ""
     for module, begin, end in (
-        (options, "class RunOptions:", "def hyperparameters"),
+        (options, "class Task:", "GROUPS ="),
         (dql, "class Config:", "class Recipe"),
     ):
         sources += Path(module.__file__).read_text().split(begin)[1].split(end)[0]
@@ -139,7 +139,7 @@ def test_float32_products_are_computed_as_asked(precision):
 
 
 def test_help_shows_every_field_with_its_comment(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "90")  # one column of groups
     with pytest.raises(SystemExit) as end:
         dql.main(["--env", "antmaze-large-play-v0", "--help"])
     assert end.value.code == 0

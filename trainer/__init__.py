@@ -9,6 +9,8 @@ evaluation.py  scores; --eval
 folder.py      a run's files
 export.py      --export
 released.py    checkpoints of the authors' code
+terminal.py    what is said: output that cannot end a run, bars, commands to paste
+interrupts.py  Ctrl-C and other signals, held back where a run is not whole
 scores.py      mean and standard deviation over seeds
 setup.py       the device and the agents that options ask for
 provenance.py  commit, versions, machine

@@ -8,6 +8,7 @@ import torch
 from dql import Batch, Updates
 from kernels import eager
 from trainer.options import Options, UserError
+from trainer.terminal import first_line, say
 
 WORTH_COMPILING = 20_000  # updates: compiling takes a minute or two of a run of at least ten
 TOLERANCE = 0.05  # relative; fp16's rounding is a thousandth
@@ -23,7 +24,7 @@ def choose_updates(options: Options, agents: list, transitions):
             if options.backend != "auto" or backend == backends[-1]:
                 reason = f"--backend {backend} is not available: {first_line(e)}"
                 raise UserError(reason) from e
-            print(f"updates will not be {backend}: {first_line(e)}", flush=True)
+            say(f"updates will not be {backend}: {first_line(e)}")
 
 
 def _candidates(options: Options, agents: list) -> list[str]:
@@ -117,7 +118,7 @@ def choose_acting(options: Options, agents: list) -> list:
         reason = first_line(e)
     if options.backend == "fused":
         raise UserError(f"--backend fused is not available: {reason}")
-    print(f"acting with plain torch, not with the fused kernels: {reason}", flush=True)
+    say(f"acting with plain torch, not with the fused kernels: {reason}")
     return plain
 
 
@@ -172,7 +173,3 @@ class FusedActing:
             return [noise[0], noise[1:]]
         variates = torch.empty(n_states, n, device=device).exponential_(generator=generator)
         return [noise[0], noise[1:], -variates.log()]
-
-
-def first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__

@@ -4,13 +4,13 @@ import math
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import tasks
 from trainer.backends import choose_acting
-from trainer.folder import RunFolder, load_json, restore
+from trainer.folder import RunFolder, restore
 from trainer.options import Options, UserError
 from trainer.setup import choose_device, make_agent
+from trainer.terminal import decoration, progress, say
 
 
 def evaluate(act, task, options: Options, n_episodes: int, step: int, device):
@@ -22,9 +22,7 @@ def evaluate(act, task, options: Options, n_episodes: int, step: int, device):
     """
     seed = 1_000_003 * options.seed + step
     generator = torch.Generator(device).manual_seed(seed)
-    bar = tqdm(
-        total=task.episode_limit, desc="evaluating", unit="step", leave=False, dynamic_ncols=True
-    )
+    bar = progress(total=task.episode_limit, desc="evaluating", unit="step", leave=False)
 
     def on_step(t, n_alive):
         bar.update()
@@ -49,11 +47,17 @@ def evaluate(act, task, options: Options, n_episodes: int, step: int, device):
     return float(np.mean(task.normalized_score(episodes.returns))), episodes
 
 
+def standard_error(task, episodes) -> float | None:
+    """Of the mean normalised score; None of a single episode."""
+    scores = task.normalized_score(episodes.returns)
+    return float(np.std(scores, ddof=1) / math.sqrt(len(scores))) if len(scores) > 1 else None
+
+
 def load_run(folder: str, options: Options):
     """-> a run, its task, its agent with the weights that --which chooses, and what
     selection.json says of them"""
     run, task = RunFolder(folder), tasks.get(options.env)
-    chosen = load_json(run.path / "selection.json")[options.which]
+    chosen = run.selection(options.which)
     agent = make_agent(options, task, choose_device(options))
     restore(agent, run.path / chosen["checkpoint"], weights_only=True)
     return run, task, agent, chosen
@@ -66,12 +70,14 @@ def evaluate_run(options: Options) -> None:
     n = options.episodes or options.eval_episodes
     score, episodes = evaluate(act, task, options, n, chosen["step"] + 1, agent.device)
     title = f"{options.env}, {options.which} (update {chosen['step']:,}): score {score:.1f}"
-    picture = run.path / f"episodes_eval_{options.which}.png"
-    task.draw(episodes, picture, f"{title}\n{chosen['data']}")
-    scores = task.normalized_score(episodes.returns)
-    error = f"{float(np.std(scores) / math.sqrt(n)):.1f} (standard error of {n} episodes"
-    print(f"{title} ± {error}; {chosen['data']}); picture in {picture}")
+    error = standard_error(task, episodes)
+    spread = "one episode" if error is None else f"standard error of {n} episodes"
+    say(f"{title}{'' if error is None else f' ± {error:.1f}'} ({spread}; {chosen['data']})")
+    with decoration("the picture of the episodes"):
+        picture = run.path / f"episodes_eval_{options.which}.png"
+        task.draw(episodes, picture, f"{title}\n{chosen['data']}")
+        say(f"picture in {picture}")
     if options.render:
         generator = torch.Generator(agent.device).manual_seed(options.seed)
         film = options.env, lambda state: act(state, generator), options.render, options.seed
-        print(f"filmed one episode with return {tasks.film(*film):.1f}: {options.render}")
+        say(f"filmed one episode with return {tasks.film(*film):.1f}: {options.render}")

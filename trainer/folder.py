@@ -2,7 +2,7 @@
 
     config.json              the options, the data set, versions
     log.jsonl                one JSON object a line: each epoch's mean losses, each evaluation
-    events.out.tfevents.*    the same numbers for TensorBoard
+    events.out.tfevents.*    the same numbers and the pictures for TensorBoard
     resume.safetensors       everything an exact resume needs, replaced at each save
     checkpoints/step_N.safetensors   the networks at each evaluation
     selection.json           which of them is last, best, offline, offline_released; their scores
@@ -13,15 +13,21 @@ a temporary name and moved when complete: a run that is killed leaves files that
 """
 
 import json
+import math
 import tempfile
+import textwrap
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import filelock
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from atomic import written_whole
+from atomic import lock, written_whole
+from trainer.terminal import command, decoration, first_line
 
 UNTOUCHED = "what was saved before is untouched"
 
@@ -62,17 +68,24 @@ def load_tensors(path: Path) -> tuple[dict, dict]:
         raise RunError(f"checkpoint {path} is broken ({e}); take another run or checkpoint") from e
 
 
-def restore(agent, path: Path, **how) -> None:
-    """agent.load_state_dict from a checkpoint.
+def restore(agent, path: Path, **how) -> dict:
+    """agent.load_state_dict from a checkpoint -> its metadata
 
-    Raises RunError if the file is missing, broken or of another agent.
+    The state of another kind of device's generator is replaced: a line says so. Raises RunError if
+    the file is missing, broken or of another agent.
     """
-    tensors, _ = load_tensors(path)
+    tensors, about = load_tensors(path)
+    own, saved = agent.generator.get_state(), tensors.get("generator")
+    if saved is not None and saved.dtype == own.dtype and saved.shape != own.shape:
+        seed = 1_000_003 * int(tensors["seed"]) + int(tensors["step"])
+        tensors["generator"] = torch.Generator(agent.device).manual_seed(seed).get_state()
+        print("its noise came from another kind of device: from here on it is drawn anew")
     try:
         agent.load_state_dict(tensors, **how)
-    except (KeyError, RuntimeError) as e:
+    except (KeyError, TypeError, RuntimeError) as e:
         why = str(e).splitlines()[-1].strip()
         raise RunError(f"checkpoint {path} does not fit this configuration: {why}") from e
+    return about
 
 
 def save_json(path: Path, content) -> None:
@@ -84,10 +97,9 @@ def load_json(path: Path):
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
-        found = f"{path.parent} is not a run's folder, or its run ended too early"
-        raise RunError(f"{found}: it has no {path.name}") from None
-    except (OSError, ValueError) as e:
-        raise RunError(f"{path} cannot be read: {e}") from e
+        raise RunError(f"{path.parent} is not a run's folder: it has no {path.name}") from None
+    except (OSError, ValueError, RecursionError) as e:
+        raise RunError(f"{path} cannot be read: {first_line(e)}") from e
 
 
 def select_checkpoints(evaluations: list[dict], top_k: int) -> dict:
@@ -144,8 +156,65 @@ class RunFolder:
         save_json(path / "config.json", config)
         return cls(path)
 
+    @contextmanager
+    def claimed(self) -> Iterator["RunFolder"]:
+        """Be the only process that writes here. Raises RunError if another one does."""
+        mine = lock(self.path / "run")
+        try:
+            mine.acquire(timeout=0)
+        except filelock.Timeout:
+            what = f"{self.path} is in the hands of another process, which trains it"
+            raise RunError(f"{what}: wait for its end, or stop it") from None
+        except NotImplementedError:
+            pass  # some network's file systems have no locks
+        except OSError as e:
+            raise RunError(f"cannot write in {self.path}: {e.strerror or e}") from e
+        try:
+            yield self
+        finally:
+            mine.release()
+
     def config(self) -> dict:
-        return load_json(self.path / "config.json")
+        """config.json: {"config": options, "data": Dataset.fingerprint(), "versions": ...}
+
+        Raises RunError if that is not what it holds.
+        """
+        made = load_json(self.path / "config.json")
+        parts = [made.get(k) for k in ("config", "data", "versions")] if type(made) is dict else []
+        if not (parts and all(type(part) is dict for part in parts)):
+            missing = "it lacks the options, the data or the versions"
+            raise RunError(f"{self.path / 'config.json'} is no run's: {missing}")
+        if type(made["data"].get("crc32")) is not int:
+            raise RunError(f"{self.path / 'config.json'} is no run's: its data have no crc32")
+        return made
+
+    def keep_options(self, options: dict) -> None:
+        """Note in config.json what a resumed run may have been given anew."""
+        made = self.config()
+        new = {name: options[name] for name in ("data", "epochs", "decay_epochs")}
+        if made["config"] != made["config"] | new:
+            save_json(self.path / "config.json", made | {"config": made["config"] | new})
+
+    def selection(self, rule: str) -> dict:
+        """What selection.json says of a rule's checkpoint: checkpoint, step, score, data.
+
+        The checkpoint's path is made of its step, so that it lies in this folder. Raises RunError.
+        """
+        path = self.path / "selection.json"
+        if not path.exists():
+            config = self.config()["config"]
+            what = f"{self.path} has not been evaluated yet"
+            first = config.get("eval_every", 1) * config.get("updates_per_epoch", 1)
+            todo = f"it is after {first:,} updates; go on with: {command('--resume', self.path)}"
+            raise RunError(f"{what}, {todo}")
+        chosen = load_json(path)
+        chosen = chosen.get(rule) if type(chosen) is dict else None
+        kinds = {"step": int, "score": (int, float), "data": str}
+        if type(chosen) is not dict or not all(
+            isinstance(chosen.get(name), kind) for name, kind in kinds.items()
+        ):
+            raise RunError(f"{path} does not say which checkpoint is {rule!r}")
+        return {**chosen, "checkpoint": f"checkpoints/{self.checkpoint(chosen['step']).name}"}
 
     def log(self, kind: str, step: int, **numbers) -> None:
         """Append a record to log.jsonl, and its numbers to TensorBoard under kind/name."""
@@ -154,41 +223,67 @@ class RunFolder:
         try:
             with open(self.path / "log.jsonl", "a") as f:
                 f.write(json.dumps(record) + "\n")
-            if self._tensorboard is None:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self._tensorboard = SummaryWriter(self.path, purge_step=step)
-            for name, value in numbers.items():
-                if isinstance(value, (int, float)):
-                    self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
-            self._tensorboard.flush()
         except OSError as e:
             refused = f"cannot write the log in {self.path}: {e.strerror}"
             raise RunError(f"{refused}; checkpoints are untouched") from e
+        with decoration("TensorBoard's copy of the log"):
+            self._show(record)
+            self._tensorboard.flush()
+
+    def _show(self, record: dict) -> None:
+        """Give a record to TensorBoard. The first updates' losses begin the epochs' curves."""
+        if self._tensorboard is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(self.path, purge_step=0)
+        kind, step = record["kind"], record["step"]
+        for name, value in record.items():
+            if name != "step" and isinstance(value, (int, float)):
+                tag = f"{'epoch' if kind == 'first' else kind}/{name}"
+                self._tensorboard.add_scalar(tag, value, step)
+        if kind == "evaluation" and (picture := self.picture(step)).exists():
+            import imageio.v3 as iio
+
+            self._tensorboard.add_image("episodes", iio.imread(picture), step, dataformats="HWC")
 
     def rewind_log(self, step: int) -> None:
         """Read log.jsonl back without what lies beyond step: those updates will be made again.
 
-        Removes the half-written files that a killed run left behind.
+        Removes the half-written files that a killed run left behind, and gives TensorBoard the log
+        anew, so that both hold the same. Raises RunError if a record is not one of a run's.
         """
-        for left in self.path.rglob(".*.part"):
-            left.unlink()
         path = self.path / "log.jsonl"
         self.records = []
-        for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            for left in [*self.path.rglob(".*.part"), *self.path.glob("events.out.tfevents.*")]:
+                left.unlink()
+            lines = path.read_text().splitlines() if path.exists() else []
+        except (OSError, ValueError) as e:
+            raise RunError(f"cannot tidy up {self.path}: {first_line(e)}") from e
+        for number, line in enumerate(lines, 1):
             try:
-                self.records.append(json.loads(line))
-            except ValueError:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
                 break  # the line being written when the run was killed
+            if not _is_record(record):
+                raise RunError(f"line {number} of {path} is not one that a run writes")
+            self.records.append(record)
         self.records = [r for r in self.records if r["step"] <= step]
         with saved(path) as temporary:
             temporary.write_text("".join(json.dumps(r) + "\n" for r in self.records))
+        with decoration("TensorBoard's copy of the log"):
+            for record in self.records:
+                self._show(record)
 
     def evaluations(self) -> list[dict]:
         return [r for r in self.records if r["kind"] == "evaluation"]
 
     def checkpoint(self, step: int) -> Path:
         return self.path / "checkpoints" / f"step_{step:08d}.safetensors"
+
+    def picture(self, step: int) -> Path:
+        """Of the episodes of an evaluation."""
+        return self.path / f"episodes_{step:08d}.png"
 
     def select(self, top_k: int) -> dict:
         """Apply the selection rules to the evaluations so far and write selection.json."""
@@ -201,18 +296,32 @@ class RunFolder:
         return selection
 
     def draw_curve(self, title: str) -> None:
-        """curve.png: normalised score and BC loss against updates."""
+        """curve.png: normalised score, with its standard error, and BC loss against updates."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(7, 5), layout="constrained")
         top, bottom = figure.subplots(2, 1, sharex=True)
         evaluations, epochs = self.evaluations(), [r for r in self.records if r["kind"] == "epoch"]
         steps, scores = [e["step"] for e in evaluations], [e["score"] for e in evaluations]
-        top.plot(steps, scores, "o-", color="tab:blue")
-        top.set(ylabel="normalised score", title=title)
+        errors = [e.get("standard_error") or 0.0 for e in evaluations]
+        top.errorbar(steps, scores, errors, fmt="o-", capsize=3, color="tab:blue")
+        title = "\n".join(textwrap.fill(line, 95) for line in title.splitlines())
+        top.set_title(title, fontsize=9, parse_math=False)  # a label is text, its $ too
+        # From 0, so that the noise of one evaluation does not fill the picture.
+        low, high = min([0.0, *scores]) - 5, max([10.0, *scores]) + 10
+        top.set(ylabel="normalised score", ylim=(low, high))
         bottom.plot([r["step"] for r in epochs], [r["bc_loss"] for r in epochs], color="tab:orange")
-        bottom.set(ylabel="BC loss", xlabel="updates")
+        bottom.set(ylabel="BC loss", xlabel="updates", xlim=(0, None), ylim=(0, None))
         for axes in (top, bottom):
             axes.grid(alpha=0.3)
         with saved(self.path / "curve.png") as temporary:
             figure.savefig(temporary, format="png", dpi=110)
+
+
+def _is_record(record) -> bool:
+    """Whether this is what RunFolder.log writes: kind and step, and numbers that are finite."""
+    if type(record) is not dict or type(record.get("step")) is not int:
+        return False
+    wanted = ["bc_loss", "score", "data"] if record.get("kind") == "evaluation" else []
+    numbers = [value for value in record.values() if isinstance(value, float)]
+    return "kind" in record and record.keys() >= set(wanted) and all(map(math.isfinite, numbers))

@@ -2,144 +2,289 @@
 
 import math
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
+import torch
 
 import tasks
+from trainer import interrupts
 from trainer.backends import choose_acting, choose_updates
 from trainer.data import load_transitions
-from trainer.evaluation import evaluate
+from trainer.evaluation import evaluate, standard_error
 from trainer.folder import RunError, RunFolder, restore, save_tensors
 from trainer.options import Options, UserError
 from trainer.provenance import describe
 from trainer.scores import mean_and_spread
 from trainer.setup import choose_device, make_agent
+from trainer.terminal import command, decoration, progress, say
 
-LOG_EVERY = 100  # updates between looks at the losses: the only times the host waits for the device
-SAVE_SECONDS = 30  # a run killed at any moment loses at most this and one epoch
+LOG_EVERY = 100  # updates between looks at a GPU's losses: the only times the host waits for it
+SAVE_SECONDS = 30  # a run killed at any moment loses little more than this
 
 
 def train(options: Options) -> list[RunFolder]:
     """Train as options say, or continue options.resume, and print the scores of every selection
     rule. -> a RunFolder for each seed"""
-    device = choose_device(options)
-    task = tasks.get(options.env)
-    if not options.resume:
-        RunFolder.require_writable(options.out)
-    dataset = tasks.load(
-        task,
-        options.data,
-        seed=0,  # every seed of a run learns from the same data
-        n_generated=options.n_generated,
-        repair=options.repair_data,
-        log=lambda line: print(line, flush=True),
-    )
+    device, task = choose_device(options), tasks.get(options.env)
     # Each is the run that it would be alone, and can be resumed and evaluated alone.
     seeds = options.seeds or (options.seed,)
     each = [replace(options, seed=seed, seeds=(), resume=()) for seed in seeds]
-    agents = [make_agent(o, task, device) for o in each]
-    transitions = load_transitions(options, dataset, device)
-    acting, updates = choose_acting(options, agents), choose_updates(options, agents, transitions)
-    if options.resume:
-        runs = _resume(options, agents, dataset.fingerprint())
-    else:
-        runs = _begin(each, agents, dataset)
-    paths, label = [str(run.path) for run in runs], dataset.fingerprint()["label"]
-    where = paths[0]
-    if len(runs) > 1:
-        where = f"{Path(options.out)}, a folder for each of seeds {' '.join(map(str, seeds))}"
-    what = f"{options.algo} on {label}, {len(dataset):,} transitions, {device}"
-    print(f"{what}; everything goes to {where}", flush=True)
-    try:
-        run_epochs(each, agents, updates, acting, task, label, runs)
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; go on with: python dql.py --resume {' '.join(paths)}")
-        raise
-    _print_scores([run.select(options.top_k) for run in runs], label)
+    with ExitStack() as claims:
+        runs = [claims.enter_context(RunFolder(path).claimed()) for path in options.resume]
+        try:
+            if not runs:
+                RunFolder.require_writable(options.out)
+            dataset = tasks.load(
+                task,
+                _source(options, runs),
+                seed=0,  # every seed of a run learns from the same data
+                n_generated=options.n_generated,
+                repair=options.repair_data,
+                log=say,
+            )
+            transitions = load_transitions(options, dataset, device)
+            training = Training(each, task, dataset, transitions, device)
+            if runs:
+                training.resume(runs)
+            else:
+                training.begin(runs)
+                for run in runs:
+                    claims.enter_context(run.claimed())
+            training.run()
+        except KeyboardInterrupt:
+            paths = [run.path for run in runs]
+            hint = f"go on with: {command('--resume', *paths)}" if paths else "nothing was begun"
+            say(f"\ninterrupted; {hint}")
+            raise
+        training.print_scores()
     return runs
 
 
-def _begin(each: list[Options], agents: list, dataset) -> list[RunFolder]:
-    when, runs, where = time.strftime("%Y%m%d-%H%M%S"), [], describe()
-    for options, agent in zip(each, agents):
-        name = f"{options.env}-{options.algo}-{dataset.source}-seed{options.seed}-{when}"
-        about = {"config": asdict(options), "data": dataset.fingerprint(), "versions": where}
-        runs.append(RunFolder.create(options.out, name, about))
-        save_tensors(runs[-1].path / "resume.safetensors", agent.state_dict())
-    return runs
+def _source(options: Options, runs: list[RunFolder]) -> str:
+    """Where the data come from: on resuming, from where they came, not from what is there now."""
+    if runs and options.data == "auto":
+        return runs[0].config()["data"].get("source", "auto")
+    return options.data
 
 
-def _resume(options: Options, agents: list, data: dict) -> list[RunFolder]:
-    runs = [RunFolder(path) for path in options.resume]
-    for run, agent in zip(runs, agents):
-        saved = run.config()["data"]
-        if saved["crc32"] != data["crc32"]:
-            what = f"{run.path} was trained on {saved['label']}, this is {data['label']}"
-            raise RunError(f"{what}: not the same transitions")
-        restore(agent, run.path / "resume.safetensors")
-    steps = sorted({agent.step for agent in agents})
-    if len(steps) > 1:
-        stands = ", ".join(map(str, steps))
-        raise RunError(f"these runs stand at different updates ({stands}): resume them one by one")
-    for run in runs:
-        run.rewind_log(*steps)
-    print(f"resumed at update {steps[0]:,} of {options.epochs * options.updates_per_epoch:,}")
-    return runs
+class Training:
+    """Runs that learn side by side from the same data, and differ in their seeds."""
 
+    def __init__(self, each: list[Options], task, dataset, transitions, device):
+        self.each, self.task, self.dataset = each, task, dataset
+        self.transitions, self.device, self.label = transitions, device, dataset.label
+        options, self.runs = each[0], []
+        self.agents = [make_agent(o, task, device) for o in each]
+        self.acting = choose_acting(options, self.agents)
+        self.updates = choose_updates(options, self.agents, transitions)
+        self.total = options.epochs * options.updates_per_epoch
+        self.sums: list[dict] = [{} for _ in each]  # of each metric in the present epoch
+        self.seconds, self.timed = 0.0, 0  # the time that this many of its updates took here
+        self.losses: list[str] = []  # as the bar shows them
 
-def _print_scores(selections: list[dict], label: str) -> None:
-    print(f"normalised scores, {label}:")
-    for rule in selections[0]:
-        chosen = [selection[rule] for selection in selections]
-        scores = [c["score"] for c in chosen]
-        if len(scores) == 1:
-            print(f"  {rule:<17}{scores[0]:6.1f}   (update {chosen[0]['step']:,})")
-        else:
-            each = ", ".join(f"{score:.1f}" for score in scores)
-            print(f"  {rule:<17}  {mean_and_spread(scores)}   ({each})")
+    def begin(self, runs: list[RunFolder]) -> None:
+        """Make the runs' folders and append them to runs."""
+        self.runs = runs
+        options, when = self.each[0], time.strftime("%Y%m%d-%H%M%S")
+        where = describe() | {"threads": torch.get_num_threads()}
+        for o, agent in zip(self.each, self.agents):
+            name = f"{o.env}-{o.algo}-{self.dataset.source}-seed{o.seed}-{when}"
+            about = {"config": asdict(o), "data": self.dataset.fingerprint(), "versions": where}
+            runs.append(RunFolder.create(o.out, name, about))
+            save_tensors(runs[-1].path / "resume.safetensors", agent.state_dict())
+        place = str(runs[0].path)
+        if len(runs) > 1:
+            seeds = " ".join(str(o.seed) for o in self.each)
+            place = f"{Path(options.out)}, a folder for each of seeds {seeds}"
+        what = f"{options.algo} on {self.label}, {len(self.dataset):,} transitions, {self.device}"
+        say(f"{what}; everything goes to {place}")
 
+    def resume(self, runs: list[RunFolder]) -> None:
+        """Restore runs; those that are behind, as after a kill between two saves, catch up."""
+        crc32 = self.dataset.fingerprint()["crc32"]
+        for run in runs:
+            saved = run.config()["data"]
+            if saved["crc32"] != crc32:
+                what = f"{run.path} was trained on {saved.get('label')}, this is {self.label}"
+                raise RunError(f"{what}: not the same transitions; give its own with --data")
+        self.runs = runs
+        self._restore()
+        for run, options in zip(runs, self.each):
+            run.keep_options(asdict(options))
+        self._say_what_differs()
+        step = max(agent.step for agent in self.agents)
+        behind = [i for i, agent in enumerate(self.agents) if agent.step < step]
+        for i in behind:
+            alone = Training([self.each[i]], self.task, self.dataset, self.transitions, self.device)
+            alone.runs = [runs[i]]
+            alone._restore()
+            alone.run(until=step)
+        if behind:
+            self._restore()
+        say(f"resumed at update {step:,} of {self.total:,}")
 
-def run_epochs(each, agents, updates, acting, task, label, runs) -> None:
-    """Epochs of updates, and evaluations after every eval_every of them and after the last."""
-    options = each[0]
-    per_evaluation = options.eval_every * options.updates_per_epoch
-    step, total = agents[0].step, options.epochs * options.updates_per_epoch
-    saved_at = time.monotonic()
-    how = dict(unit="update", desc=options.algo, dynamic_ncols=True, smoothing=0.05)
-    with tqdm(total=total, initial=step, **how) as bar:
+    def _restore(self) -> None:
+        for i, (run, agent) in enumerate(zip(self.runs, self.agents)):
+            path = run.path / "resume.safetensors"
+            self.sums[i] = restore(agent, path).get("sums", {})
+            if not 0 <= agent.step <= self.total:
+                what = f"checkpoint {path} is of update {agent.step:,}"
+                raise RunError(f"{what}, which a run of {self.total:,} does not have")
+            run.rewind_log(agent.step)
+
+    def _say_what_differs(self) -> None:
+        """A line if rounding may differ from here on."""
+        before = self.runs[0].config()["versions"]
+        now = describe() | {"threads": torch.get_num_threads()}
+        names = ["device", "torch"] + ["threads"] * (self.device.type == "cpu")
+        other = [n for n in names if n in before and before[n] != now[n]]
+        if other:
+            changed = ", ".join(f"{name} {before[name]} -> {now[name]}" for name in other)
+            say(f"not where it was made ({changed}): it goes on, but not bit for bit")
+
+    def run(self, until: int | None = None) -> None:
+        """Epochs of updates, and evaluations after every eval_every of them and after the last.
+
+        until: the update to stop at, else the last one.
+        """
+        options, n = self.each[0], self.each[0].updates_per_epoch
+        self.until = self.total if until is None else until
+        self.saved_at = time.monotonic()
+        how = dict(total=self.total, initial=self.agents[0].step, desc=options.algo, unit="")
+        with progress(**how, unit_scale=True, smoothing=0.05, bar_format=BAR) as self.bar:
+            while True:
+                step = self.agents[0].step
+                self.evaluate_what_is_due()
+                self.show_losses()
+                if step == self.until:
+                    return
+                set_rates(options, self.agents)
+                with interrupts.held() as stop:
+                    self.run_updates(min(self.until, (step // n + 1) * n), stop)
+                    self.finish_epoch_and_save(stop)
+
+    def evaluation_is_due(self) -> bool:
+        """At the present update."""
+        options, step = self.each[0], self.agents[0].step
+        every = options.eval_every * options.updates_per_epoch
+        return step > 0 and (step % every == 0 or step == self.total)
+
+    def evaluate_what_is_due(self) -> None:
+        if not self.evaluation_is_due():
+            return
+        step, several = self.agents[0].step, len(self.runs) > 1
+        for options, agent, act, run in zip(self.each, self.agents, self.acting, self.runs):
+            # A run killed during an evaluation finds it missing here, and makes it again.
+            if all(e["step"] != step for e in run.evaluations()):
+                whose = f"seed {options.seed}, " if several else ""
+                evaluate_and_record(options, agent, act, self.task, self.label, run, whose)
+        if several:
+            scores = f"{mean_and_spread(self.latest_scores())} over {len(self.runs)} seeds"
+            say(f"update {step:,}: score {scores} ({self.label})")
+
+    def latest_scores(self) -> list[float]:
+        return [run.evaluations()[-1]["score"] for run in self.runs if run.evaluations()]
+
+    def run_updates(self, end: int, stop) -> None:
+        """At least one update of the present epoch, and more up to number `end`, until a save is
+        due or stop.number is set. Their metrics go into self.sums.
+
+        Raises UserError when a metric is not finite.
+        """
+        options, started = self.each[0], time.monotonic()
+        step = self.agents[0].step
+        on_gpu = self.agents[0].device.type == "cuda"
         while True:
-            due = step > 0 and (step % per_evaluation == 0 or step == total)
-            for o, agent, act, run in zip(each, agents, acting, runs):
-                # A run killed during an evaluation finds it missing here, and makes it again.
-                if due and all(e["step"] != step for e in run.evaluations()):
-                    whose = f"seed {o.seed}, " if len(runs) > 1 else ""
-                    evaluate_and_record(o, agent, act, task, label, run, whose)
-            latest = [run.evaluations()[-1]["score"] for run in runs if run.evaluations()]
-            if due and len(runs) > 1:
-                scores = f"{mean_and_spread(latest)} over {len(runs)} seeds ({label})"
-                tqdm.write(f"update {step:,}: score {scores}")
-            if step == total:
-                return
-            started = time.monotonic()
-            score = f"{np.mean(latest):.1f} on {label}" if latest else "none yet"
-            set_rates(options, agents)
-            losses = run_epoch(options, agents, updates, bar, score)
-            step = agents[0].step
-            rate = options.updates_per_epoch / (time.monotonic() - started)
-            for run, means in zip(runs, losses):
+            done = step % options.updates_per_epoch
+            # A CPU's losses cost no waiting: it can stop after each update.
+            n = min(LOG_EVERY - done % LOG_EVERY, end - step) if on_gpu else 1
+            for agent, total, means in zip(self.agents, self.sums, self.updates.run(n)):
+                for name, mean in means.items():
+                    value = float(mean)
+                    if not math.isfinite(value):
+                        raise UserError(self._broken(agent, name, value, step))
+                    total[name] = total.get(name, 0.0) + n * value
+            step += n
+            self.timed += n
+            self.bar.update(n)
+            if step % LOG_EVERY == 0 or step == end:
+                self.show_losses()
+            if step == LOG_EVERY < options.updates_per_epoch:
+                for run, means in zip(self.runs, self.means()):
+                    run.log("first", step, **means)
+            if step == end or stop.number or self.a_save_is_due():
+                break
+        self.seconds += time.monotonic() - started
+
+    def _broken(self, agent, name: str, value: float, step: int) -> str:
+        whose = f"seed {agent.seed}: " if len(self.agents) > 1 else ""
+        between = f"between updates {step:,} and {agent.step:,}"
+        todo = "lower --lr or --eta, or raise --batch-size"
+        kept = f"the last good checkpoint is kept: {todo}"
+        return f"{whose}{name} became {value} {between}; {kept}"
+
+    def means(self) -> list[dict]:
+        """Of every metric over the updates of the present epoch, for each run."""
+        n = self.agents[0].step % self.each[0].updates_per_epoch or self.each[0].updates_per_epoch
+        return [{name: total / n for name, total in sums.items()} for sums in self.sums]
+
+    def show_losses(self) -> None:
+        """In the bar: the means over seeds of BC loss and Q, and the last score."""
+        means, latest = self.means(), self.latest_scores()
+        shown = [("bc", "bc_loss", ".4f"), ("Q", "q_mean", ".1f")]
+        if means[0]:
+            self.losses = [
+                f"{name} {np.mean([m[key] for m in means]):{how}}"
+                for name, key, how in shown
+                if key in means[0]
+            ]
+        score = [f"score {np.mean(latest):.1f}"] if latest else []
+        self.bar.set_postfix_str(", ".join(self.losses + score), refresh=False)
+
+    def a_save_is_due(self) -> bool:
+        return time.monotonic() - self.saved_at > SAVE_SECONDS
+
+    def finish_epoch_and_save(self, stop) -> None:
+        """Log an epoch that is complete; save where it is time to, and before an evaluation."""
+        options, step = self.each[0], self.agents[0].step
+        complete = step % options.updates_per_epoch == 0
+        if complete:
+            rate = self.timed / max(self.seconds, 1e-9)
+            for run, means in zip(self.runs, self.means()):
                 run.log("epoch", step, **means, updates_per_second=rate)
-            evaluation_follows = step % per_evaluation == 0 or step == total
-            if evaluation_follows or time.monotonic() - saved_at > SAVE_SECONDS:
-                for agent, run in zip(agents, runs):
-                    save_tensors(run.path / "resume.safetensors", agent.state_dict())
-                saved_at = time.monotonic()
+            self.seconds, self.timed = 0.0, 0
+        reached = self.evaluation_is_due() or step == self.until
+        if reached or stop.number or self.a_save_is_due():
+            for agent, run, sums in zip(self.agents, self.runs, self.sums):
+                about = {} if complete else {"sums": sums}
+                save_tensors(run.path / "resume.safetensors", agent.state_dict(), about)
+            self.saved_at = time.monotonic()
+        if complete:
+            self.sums = [{} for _ in self.runs]
+
+    def print_scores(self) -> None:
+        """Of every selection rule."""
+        selections = [run.select(options.top_k) for run, options in zip(self.runs, self.each)]
+        say(f"normalised scores, {self.label}:")
+        for rule in selections[0]:
+            chosen = [selection[rule] for selection in selections]
+            scores = [c["score"] for c in chosen]
+            if len(scores) == 1:
+                say(f"  {rule:<17}{scores[0]:6.1f}   (update {chosen[0]['step']:,})")
+            else:
+                each = ", ".join(f"{score:.1f}" for score in scores)
+                say(f"  {rule:<17}  {mean_and_spread(scores)}   ({each})")
+
+
+# Within 80 columns: share done, rate, time left, and what show_losses says.
+BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {rate_fmt} {remaining} left{postfix}"
 
 
 def set_rates(options: Options, agents: list) -> None:
-    """Learning rates of the epoch to come: with a decay, a cosine to 0 over the run.
+    """Learning rates of the epoch to come: with a decay, a cosine to 0 over decay_epochs.
 
     The released code steps its cosine once per evaluation, 20 to 40 times in all, with the number
     of epochs as its period, so that its rates hardly decay.
@@ -147,44 +292,14 @@ def set_rates(options: Options, agents: list) -> None:
     periods = {"none": math.inf, "cosine": 1, "released": options.eval_every}[options.lr_decay]
     for agent in agents:
         epoch = agent.step // options.updates_per_epoch
-        share = 0.5 * (1 + math.cos(math.pi * min(epoch // periods / options.epochs, 1)))
+        last = options.decay_epochs or options.epochs
+        share = 0.5 * (1 + math.cos(math.pi * min(epoch // periods / last, 1)))
         agent.policy_optimizer.param_groups[0]["lr"] = share * options.lr
         agent.critic_optimizer.param_groups[0]["lr"] = share * options.critic_lr
 
 
-def run_epoch(options: Options, agents, updates, bar, score: str) -> list[dict]:
-    """updates_per_epoch updates of each agent -> for each the mean of every metric.
-
-    Raises UserError when a metric is not finite.
-    """
-    sums, n_updates = [{} for _ in agents], options.updates_per_epoch
-    for i in range(0, n_updates, LOG_EVERY):
-        n = min(LOG_EVERY, n_updates - i)
-        chunk = n if agents[0].device.type == "cuda" else 1  # on a CPU the bar shows every update
-        windows = [{} for _ in agents]
-        for _ in range(0, n, chunk):
-            for window, means in zip(windows, updates.run(chunk)):
-                window |= {k: window.get(k, 0.0) + v * chunk for k, v in means.items()}
-            bar.update(chunk)
-        for agent, window, total in zip(agents, windows, sums):
-            window = {k: float(v) for k, v in window.items()}
-            broken = [k for k, v in window.items() if not math.isfinite(v)]
-            if broken:
-                whose = f"seed {agent.seed}: " if len(agents) > 1 else ""
-                between = f"between updates {agent.step - n:,} and {agent.step:,}"
-                raise UserError(
-                    f"{whose}{broken[0]} became {window[broken[0]]} {between}; the last good "
-                    "checkpoint is kept: lower --lr or --eta, or raise --batch-size"
-                )
-            total |= {k: total.get(k, 0.0) + v for k, v in window.items()}
-        shown = [k for k in ("bc_loss", "q_loss", "critic_loss") if k in sums[0]]
-        means = {k: f"{np.mean([total[k] for total in sums]) / (i + n):.4g}" for k in shown}
-        bar.set_postfix(**means, score=score, refresh=False)
-    return [{k: v / n_updates for k, v in total.items()} for total in sums]
-
-
 def evaluate_and_record(options: Options, agent, act, task, label, run, whose: str) -> None:
-    """Evaluate, log, keep the networks, select, draw."""
+    """Evaluate, keep the networks, draw, log, select."""
     step, started = agent.step, time.monotonic()
     score, episodes = evaluate(act, task, options, options.eval_episodes, step, agent.device)
     seconds = time.monotonic() - started
@@ -193,18 +308,21 @@ def evaluate_and_record(options: Options, agent, act, task, label, run, whose: s
     prefixes = tuple(f"{name}." for name in agent.networks())
     weights = {k: v for k, v in agent.state_dict().items() if k.startswith(prefixes)}
     save_tensors(run.checkpoint(step), weights, {"step": step, "score": score, "data": label})
-    title = f"{options.env}, update {step:,}: score {score:.1f}\n{label}"
-    task.draw(episodes, run.path / f"episodes_{step:08d}.png", title)
+    n = f"{len(episodes.returns)} episodes in {seconds:.0f} s"
+    say(f"{whose}update {step:,}: score {score:.1f} ({label}), {n}")
+    with decoration("the picture of the episodes"):
+        title = f"{options.env}, update {step:,}: score {score:.1f}\n{label}"
+        task.draw(episodes, run.picture(step), title)
     run.log(
         "evaluation",
         step,
         score=score,
+        standard_error=standard_error(task, episodes),
         bc_loss=float(np.mean(epochs)),
         mean_length=float(np.mean(episodes.lengths)),
         seconds=seconds,
         data=label,
     )
     run.select(options.top_k)
-    run.draw_curve(f"{options.env}, {options.algo}\n{label}")
-    n = f"{len(episodes.returns)} episodes in {seconds:.0f} s"
-    tqdm.write(f"{whose}update {step:,}: score {score:.1f} ({label}), {n}")
+    with decoration("the learning curve's picture"):
+        run.draw_curve(f"{options.env}, {options.algo}\n{label}")

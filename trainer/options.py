@@ -4,14 +4,16 @@ A default is the recipe's of the chosen task or, for a run that is resumed, eval
 what that run was made with.
 """
 
-from dataclasses import asdict, dataclass, fields, replace
+import math
+from dataclasses import asdict, dataclass, fields, make_dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
 import dql
 import tasks
+from tasks.env import check_film
 from trainer.folder import RunFolder
 
 
@@ -20,10 +22,14 @@ class UserError(RuntimeError):
 
 
 NOT_ASKED = "\0"  # no --eval; an empty one is a mistake
+MOST_THREADS = 1024  # thousands more cannot be made, and torch crashes
+
+
+# ---- What can be asked for: a class for each group of --help -------------------------------------
 
 
 @dataclass(frozen=True)
-class RunOptions:
+class Task:
     # D4RL task name; an unknown one lists the nearest
     env: str = "antmaze-umaze-v0"
     # ql: Diffusion-QL; bc: behaviour cloning with the same diffusion policy
@@ -44,6 +50,10 @@ class RunOptions:
     quick: bool = False
     # folder that gets one folder per run
     out: str = "runs"
+
+
+@dataclass(frozen=True)
+class Machine:
     # auto: cuda when there is one; or cpu, cuda, cuda:1, ...
     device: str = "auto"
     # CPU threads for torch and MuJoCo; 0: all cores
@@ -57,6 +67,9 @@ class RunOptions:
     # of float32 products: highest, high (TF32) or medium (bfloat16, on CPUs that have it)
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
 
+
+@dataclass(frozen=True)
+class Training:
     # of updates_per_epoch updates each
     epochs: int = 1000
     # the paper calls 1000 gradient steps an epoch
@@ -73,13 +86,18 @@ class RunOptions:
     ] = "none"
     # none; cosine: to 0 over the run, per epoch; released: the same cosine, stepped per evaluation
     lr_decay: Literal["none", "cosine", "released"] = "none"
-
+    # epochs over which the rates decay; 0: all of them
+    decay_epochs: int = 0
     # actions sampled per state when acting; one is picked by softmax of Q
     n_candidates: int = 50
     # offline selection takes the evaluation whose BC loss has this rank (0: the smallest)
     top_k: int = 1
 
-    # folder of an interrupted run to continue, bit for bit; or of several that differ in seeds
+
+@dataclass(frozen=True)
+class FinishedRun:
+    # folder of an interrupted run to continue, bit for bit; or of several that differ in seeds; a
+    # larger --epochs makes it longer, --data and --device say where its data and it are now
     resume: tuple[str, ...] = ()
     # folder of a run to evaluate instead of training
     eval: str = ""
@@ -94,14 +112,29 @@ class RunOptions:
 
 
 @dataclass(frozen=True)
-class Options(dql.Config, RunOptions):
-    """Everything that can be asked for: RunOptions' fields, then the agent's hyperparameters."""
-
+class Agent(dql.Config):
     # noise schedule
     schedule: Literal["vp", "linear", "cosine"] = "vp"
 
+
+GROUPS = {
+    "task": Task,
+    "training": Training,
+    "agent": Agent,
+    "machine": Machine,
+    "finished_run": FinishedRun,
+}
+
+
+@dataclass(frozen=True)
+class Options(*reversed(GROUPS.values())):
+    """Everything that can be asked for, in one."""
+
     def hyperparameters(self) -> dict:
         return {field.name: getattr(self, field.name) for field in fields(dql.Config)}
+
+
+# ---- The command line ----------------------------------------------------------------------------
 
 
 def recipe_options(env: str, quick: bool = False) -> Options:
@@ -129,21 +162,65 @@ def parse(argv: list[str], description: str) -> Options:
     refuse_unknown_choices(argv)
     # Twice by the same parser: first to know whose defaults count. Help waits for them.
     asked = [word for word in argv if word not in ("-h", "--help")]
-    default = _defaults(tyro.cli(Options, args=asked, default=Options(eval=NOT_ASKED)))
-    options = tyro.cli(Options, args=argv, default=default, description=description)
+    default = _defaults(_read(asked, Options(eval=NOT_ASKED), description))
+    options = _read(argv, default, description)
     check(options)
     if folders := _runs(options):
         free = "eval which episodes render device threads backend seed n_candidates"
         if options.resume:
-            free = "resume threads backend"
+            free = "resume device threads backend data epochs decay_epochs"
+            options = _longer(options, default)
         elif options.export:
             free = "export which device threads n_candidates"
         if odd := _differing(options, default, free):
             raise UserError(f"{folders[0]} was made with another {odd}, and keeps its own")
     if options.data in ("auto", "d4rl", "generated") or options.data.startswith("minari:"):
         return options
-    # So that the run can be resumed from any folder.
-    return replace(options, data=str(Path(options.data).expanduser().absolute()))
+    try:  # so that the run can be resumed from any folder
+        return replace(options, data=str(Path(options.data).expanduser().absolute()))
+    except RuntimeError as e:  # whose home?
+        raise UserError(f"--data {options.data}: {e}; give the whole path") from e
+
+
+def _read(argv: list[str], default: Options, description: str) -> Options:
+    """By tyro, in the groups that --help shows."""
+    parts = {name: part(**_of(part, default)) for name, part in GROUPS.items()}
+    groups = make_dataclass("Groups", [(name, part) for name, part in GROUPS.items()])
+    asked = tyro.cli(
+        groups,
+        args=argv,
+        default=groups(**parts),
+        description=f"{description}\n\nTasks:\n\n{_known_tasks()}",
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    return Options(**{k: v for part in vars(asked).values() for k, v in vars(part).items()})
+
+
+def _known_tasks() -> str:
+    """A paragraph for each body: body-{kinds}-version."""
+    kinds: dict[tuple, list] = {}
+    for name in tasks.names():
+        body, *kind, version = name.split("-")
+        kinds.setdefault((body, version), []).append("-".join(kind))
+    lines = (f"{body}-{{{','.join(k)}}}-{version}" for (body, version), k in kinds.items())
+    return "\n\n".join(lines)
+
+
+def _of(part, options: Options) -> dict:
+    return {field.name: getattr(options, field.name) for field in fields(part)}
+
+
+def _longer(options: Options, before: Options) -> Options:
+    """A resumed run that may get more epochs; its rates decay as they did."""
+    if options.decay_epochs != before.decay_epochs:
+        raise UserError("--decay-epochs of a run that has begun cannot be changed")
+    if options.epochs < before.epochs:
+        raise UserError(f"--epochs of this run is {before.epochs}: it can only be made longer")
+    if options.epochs == before.epochs or options.lr_decay == "none":
+        return options
+    period = before.decay_epochs or before.epochs
+    print(f"its rates decay over {period} epochs as before: longer runs decay more slowly")
+    return replace(options, decay_epochs=period)
 
 
 def refuse_unknown_choices(argv: list[str]) -> None:
@@ -197,18 +274,37 @@ def _differing(options: Options, default: Options, free: str) -> str:
 def saved_options(folder: str) -> Options:
     """The Options that a run was made with. Raises UserError for one of another version."""
     config = RunFolder(folder).config()
+    saved = {**config["config"], "seeds": (), "resume": (), "eval": "", "export": (), "render": ""}
+    what = f"{folder}/config.json is not one that this version of dql.py wrote"
+    kinds = get_type_hints(Options)
+    for name, value in saved.items():
+        if name in kinds and not _is_of(kinds[name], value):
+            raise UserError(f"{what}: {name} is {value!r:.40}")
     try:
-        return Options(**{**config["config"], "seeds": (), "resume": (), "eval": "", "export": ()})
-    except (KeyError, TypeError) as e:
-        what = f"{folder}/config.json is not one that this version of dql.py wrote"
+        options = Options(**saved)
+        check(options)
+    except (TypeError, UserError) as e:
         raise UserError(f"{what}: {e}") from e
+    return options
+
+
+def _is_of(kind, value) -> bool:
+    """Whether a value read from JSON is of an option's type."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is tuple:
+        return value == ()
+    return type(value) in ((int, float) if kind is float else (kind,))
 
 
 def check(options: Options) -> None:
     """Raises UserError for values no run can have."""
+    for name, value in asdict(options).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{_option(name)} must be a finite number, not {value}")
     one_or_more = "epochs updates_per_epoch eval_every eval_episodes batch_size n_timesteps"
     one_or_more += " hidden_dim ema_every n_candidates"
-    zero_or_more = "eta lr critic_lr grad_norm ema_start top_k episodes threads seed"
+    zero_or_more = "eta lr critic_lr grad_norm ema_start top_k episodes threads seed decay_epochs"
     at_least = {"n_generated": 2, **dict.fromkeys(one_or_more.split(), 1)}
     for name, least in (at_least | dict.fromkeys(zero_or_more.split(), 0)).items():
         value = getattr(options, name)
@@ -216,6 +312,8 @@ def check(options: Options) -> None:
             raise UserError(f"{_option(name)} must be at least {least}, not {value}")
         if isinstance(value, int) and value >= 2**31:  # what torch can take
             raise UserError(f"{_option(name)} must be less than 2**31, not {value}")
+    if options.threads > MOST_THREADS:
+        raise UserError(f"--threads must be at most {MOST_THREADS}, not {options.threads}")
     for name in ("discount", "tau", "ema_decay"):
         value = getattr(options, name)
         if not 0 <= value <= 1:
@@ -231,5 +329,7 @@ def check(options: Options) -> None:
     if options.export and len(options.export) != 2:
         example = "--export takes a run and a file to write, as in --export runs/NAME policy.pt2"
         raise UserError(f"{example}, not {len(options.export)} names")
-    if options.render and not options.eval:
-        raise UserError("--render films a finished run: name it with --eval")
+    if options.render:
+        if not options.eval:
+            raise UserError("--render films a finished run: name it with --eval")
+        check_film(Path(options.render))  # before the episodes are run, which takes minutes
