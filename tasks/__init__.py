@@ -10,7 +10,6 @@ import os
 
 import gymnasium
 
-from . import env
 from .adroit import Pen
 from .antmaze import AntMaze
 from .datasets import load
@@ -146,18 +145,17 @@ def get(name: str) -> Task:
 
 def film(name: str, act, path: str | os.PathLike, seed: int) -> float:
     """Film one episode of the task `name` as an animated GIF (tasks.env.film). -> its return"""
+    from . import env
+
     filmed = gymnasium.make(name, render_mode="rgb_array", disable_env_checker=True)
     return env.film(filmed, act, path, seed)
 
 
 def _register(task: Task) -> None:
-    """Make gymnasium.make(task.name) work."""
-    if isinstance(task, AntMaze):
-        entry_point, options = "tasks.antmaze_env:AntMazeEnv", {"maze": task.maze}
-    else:
-        entry_point, options = "tasks.env:TaskEnv", {"task": task}
-    limit = task.episode_limit
-    gymnasium.register(task.name, entry_point, max_episode_steps=limit, kwargs=options)
+    """Make gymnasium.make(task.name) work. What it is made with can be written as JSON."""
+    kind = "antmaze_env:AntMazeEnv" if isinstance(task, AntMaze) else "env:TaskEnv"
+    limit, options = task.episode_limit, {"task": task.name}
+    gymnasium.register(task.name, f"tasks.{kind}", max_episode_steps=limit, kwargs=options)
 
 
 for _task in _ALL:

@@ -84,12 +84,17 @@ class PenWorld(World):
         model = self.simulation.model
         self.place(who, model.qpos0, np.zeros(model.nv), rng)
 
-    def show(self, model: mujoco.MjModel) -> None:
-        """Point the model's second pen in the wanted direction.
+    def posed(self) -> mujoco.MjData:
+        """With the model's second pen in the wanted direction.
 
-        The simulation leaves it alone: nothing comes near enough to touch it.
+        The simulation leaves that pen alone: nothing comes near enough to touch it.
         """
-        mujoco.mju_quatZ2Vec(model.body("target").quat, self.wanted[0])
+        target = self.simulation.model.body("target")
+        straight = target.quat.copy()
+        mujoco.mju_quatZ2Vec(target.quat, self.wanted[0])
+        data = super().posed()
+        target.quat[:] = straight
+        return data
 
     def step(
         self, who: np.ndarray, actions: np.ndarray, rng: np.random.Generator
@@ -114,7 +119,7 @@ class Pen(Task):
     def world(self, n: int, n_threads: int | None = None) -> PenWorld:
         return PenWorld(n, n_threads)
 
-    def camera(self, model: mujoco.MjModel) -> mujoco.MjvCamera:
+    def camera(self, model: mujoco.MjModel, aspect: float) -> mujoco.MjvCamera:
         """From above the palm."""
         camera = mujoco.MjvCamera()
         camera.lookat[:] = [0.0, -0.25, 0.2]

@@ -15,13 +15,9 @@ from typing import ClassVar
 
 import mujoco
 import numpy as np
-from matplotlib.collections import LineCollection
-from matplotlib.colors import ListedColormap
-from matplotlib.figure import Figure
-from matplotlib.patches import Circle
 
 from .simulation import Simulation, checked_actions, compile_spec, load_spec
-from .task import TITLE_SIZE, Episodes, Task, TaskError, World
+from .task import Episodes, Task, TaskError, World
 
 # '1' wall, '0' free, 'R' the ant's start, 'G' its goal. Rows go to +y, columns to +x.
 MAZES: dict[str, list[str]] = {
@@ -57,10 +53,14 @@ MAZES: dict[str, list[str]] = {
 CELL = 4.0  # metres, as all lengths here
 WALL_HEIGHT = 2.0
 GOAL_RADIUS = 0.5
-STATE_DIM, ACTION_DIM = 29, 8
+ACTION_DIM = 8
 N_QPOS, N_QVEL = 15, 14
 FRAME_SKIP = 5  # simulation steps of 0.02 s in one environment step
 TORQUE = 30.0  # ctrl = TORQUE * action
+FLOOR_COLOUR = [0.92, 0.91, 0.88, 1.0]
+WALL_COLOUR = [0.42, 0.52, 0.66, 1.0]
+ANT_COLOUR = [0.85, 0.36, 0.10, 1.0]
+GOAL_COLOUR = [0.15, 0.70, 0.30, 1.0]
 
 
 # ---- The maze ------------------------------------------------------------------------------------
@@ -109,6 +109,7 @@ def build_model(maze: str) -> mujoco.MjModel:
     actuators' gear and range, and the contacts' solimp. Raises TaskError for an unknown maze.
     """
     walls = marked_cells(maze, "1")
+    goal = cell_xy(maze, *marked_cells(maze, "G")[0])
     spec = load_spec("gymnasium", "envs/mujoco/assets/ant.xml")
     spec.option.timestep = 0.02
     for actuator in spec.actuators:
@@ -125,7 +126,28 @@ def build_model(maze: str) -> mujoco.MjModel:
         )
     for geom in spec.geoms:
         geom.solimp[:3] = [0.8, 0.8, 0.01]
-    return compile_spec(spec)
+    disc = {"type": mujoco.mjtGeom.mjGEOM_CYLINDER, "size": [GOAL_RADIUS, 0.03, 0.0]}
+    spec.worldbody.add_site(name="goal", pos=[*goal, 0.03], rgba=GOAL_COLOUR, **disc)
+    model = compile_spec(spec)
+    paint(model)
+    return model
+
+
+def paint(model: mujoco.MjModel) -> None:
+    """Pale floor, blue walls, orange ant, light from behind the camera. Physics is unchanged."""
+    model.geom_matid[:] = -1
+    model.geom_rgba[:] = ANT_COLOUR
+    model.geom_rgba[model.geom_type == int(mujoco.mjtGeom.mjGEOM_BOX)] = WALL_COLOUR
+    floor = model.geom("floor").id
+    model.geom_rgba[floor] = FLOOR_COLOUR
+    model.geom_size[floor, :2] = 0.0  # infinite: gymnasium's 40 m do not cover the large maze
+    headlight = model.vis.headlight
+    headlight.ambient[:] = 0.45
+    headlight.diffuse[:] = 0.25
+    headlight.specular[:] = 0.0
+    model.light_dir[0] = [0.4, 0.5, -1.0]
+    model.light_diffuse[0] = 0.45
+    model.light_specular[0] = 0.0
 
 
 def sample_states(
@@ -149,14 +171,22 @@ class AntBatch:
 
     def __init__(self, maze: str, n: int, n_threads: int | None = None):
         self.simulation = Simulation(build_model(maze), n, n_threads)
-        self.model = self.simulation.model
-        self.qpos = self.simulation.qpos
-        self.qvel = self.simulation.qvel
-        self.observations = self.simulation.states
+
+    @property
+    def qpos(self) -> np.ndarray:
+        return self.simulation.qpos
+
+    @property
+    def qvel(self) -> np.ndarray:
+        return self.simulation.qvel
+
+    @property
+    def observations(self) -> np.ndarray:
+        return self.simulation.states
 
     def reset(self, indices: np.ndarray, rng: np.random.Generator) -> None:
         """Put these ants back to the start, each in a state drawn by sample_states."""
-        self.simulation.place(indices, *sample_states(self.model, len(indices), rng))
+        self.simulation.place(indices, *sample_states(self.simulation.model, len(indices), rng))
 
     def step(self, actions: np.ndarray, indices: np.ndarray | None = None) -> None:
         """One environment step of 0.1 s.
@@ -184,21 +214,33 @@ class AntBatch:
 class MazeWorld(World):
     """n ants, each with a goal of its own.
 
-    trail: the positions (n, 2) of all ants after each reset and step.
+    goals (n, 2): NaN before an ant's first reset.
+    trail: the positions (n, 2) of all ants at the last reset, and after each step since.
     """
 
     def __init__(self, maze: str, n: int, n_threads: int | None = None):
         self.maze = maze
         self.ants = AntBatch(maze, n, n_threads)
         self.simulation = self.ants.simulation
-        self.observations = self.ants.observations
-        self.goals = np.zeros((n, 2))
+        self.goals = np.full((n, 2), np.nan)
         self.trail: list[np.ndarray] = []
+
+    @property
+    def observations(self) -> np.ndarray:
+        return self.ants.observations
 
     def reset(self, who: np.ndarray, rng: np.random.Generator) -> None:
         self.goals[who] = sample_goals(self.maze, len(who), rng)
+        self.restart(who, rng)
+
+    def restart(self, who: np.ndarray, rng: np.random.Generator) -> None:
+        """Put these ants back to the start; their goals stay."""
         self.ants.reset(who, rng)
-        self.trail.append(self.ants.qpos[:, :2].copy())
+        self.trail = [self.ants.qpos[:, :2].copy()]
+
+    def posed(self) -> mujoco.MjData:
+        self.simulation.model.site("goal").pos[:2] = self.goals[0]
+        return super().posed()
 
     def step(
         self, who: np.ndarray, actions: np.ndarray, rng: np.random.Generator
@@ -240,56 +282,23 @@ class AntMaze(Task):
         paths = [trail[: length + 1, i].copy() for i, length in enumerate(episodes.lengths)]
         return MazeEpisodes(**vars(episodes), paths=paths, goals=world.goals)
 
-    def _figure(self, episodes: MazeEpisodes, title: str) -> Figure:
+    def camera(self, model: mujoco.MjModel, aspect: float) -> mujoco.MjvCamera:
+        """Looking down at the middle of the maze, far enough away to see all of it."""
+        corners = np.array([cell_xy(self.maze, row, col) for row, col in free_cells(self.maze)])
+        lowest, highest = corners.min(axis=0), corners.max(axis=0)
+        width, depth = highest - lowest + 8.0  # the free cells and half a wall around them
+        camera = mujoco.MjvCamera()
+        camera.lookat[:] = [*(lowest + highest) / 2, 0.0]
+        camera.azimuth, camera.elevation = 90.0, -65.0
+        camera.distance = 1.5 * max(depth, width / aspect)
+        return camera
+
+    def _figure(self, episodes: MazeEpisodes, title: str):
+        from .pictures import draw_maze
+
         return draw_maze(self.maze, episodes, title)
 
 
 def at_goal(xy: np.ndarray, goal: np.ndarray) -> np.ndarray:
     """Whether positions (..., 2) are within GOAL_RADIUS of goals (..., 2)."""
     return np.linalg.norm(xy - goal, axis=-1) <= GOAL_RADIUS
-
-
-# ---- Pictures ------------------------------------------------------------------------------------
-
-FLOOR, WALL, GOAL, START = "#f7f5f0", "#8d99ae", "#2a9d5c", "#222222"
-REACHED, FAILED = "#0072b2", "#d55e00"
-
-
-def draw_maze(maze: str, episodes: MazeEpisodes, title: str) -> Figure:
-    """The maze from above, with every episode's path and goal."""
-    walls = np.array([[mark == "1" for mark in row] for row in MAZES[maze]])
-    n_rows, n_cols = walls.shape
-    left, bottom = np.array(cell_xy(maze, 0, 0)) - CELL / 2
-    extent = (left, left + CELL * n_cols, bottom, bottom + CELL * n_rows)
-
-    height = 7.0 * (n_rows - 1.5) / (n_cols - 1.5) + 0.75
-    figure = Figure(figsize=(7.0, height), layout="constrained")
-    axes = figure.add_subplot(xlabel="x (m)", ylabel="y (m)")
-    axes.imshow(walls, cmap=ListedColormap([FLOOR, WALL]), extent=extent, origin="lower")
-    faint = max(0.06, 0.5 / len(episodes.goals))
-    for goal in episodes.goals:
-        axes.add_patch(Circle(goal, GOAL_RADIUS, color=GOAL, alpha=faint, linewidth=0))
-
-    reached = episodes.returns > 0
-    kinds = ((reached, REACHED, "reached the goal"), (~reached, FAILED, "did not reach it"))
-    width = float(np.interp(len(reached), [10, 100], [1.6, 0.7]))  # thin if there are many
-    for chosen, colour, label in kinds:
-        paths = [episodes.paths[i] for i in np.flatnonzero(chosen)]
-        axes.add_collection(LineCollection(paths, colors=colour, linewidths=width, alpha=0.75))
-        ends = np.array([path[-1] for path in paths]).reshape(-1, 2)
-        dots = {"s": 14, "color": colour, "edgecolors": "white", "linewidths": 0.5, "zorder": 3}
-        axes.scatter(*ends.T, **dots, label=f"{label}: {len(paths)}")
-    start = np.mean([path[0] for path in episodes.paths], axis=0)
-    star = {"marker": "*", "s": 130, "color": START, "edgecolors": "white", "zorder": 4}
-    axes.scatter(*start, **star, label="start")
-    axes.scatter([], [], s=110, color=GOAL, alpha=0.6, label="goals")
-    rim = 0.75 * CELL  # crop the outer walls
-    axes.set(xlim=(extent[0] + rim, extent[1] - rim), ylim=(extent[2] + rim, extent[3] - rim))
-    axes.set_title(title, fontsize=TITLE_SIZE)
-    axes.locator_params(steps=[2, 4, 8])
-    axes.spines[:].set_visible(False)
-    labels = axes.get_legend_handles_labels()
-    legend = figure.legend(*labels, loc="outside lower center", ncols=4, frameon=False)
-    for handle in legend.legend_handles:
-        handle.set_sizes([90])
-    return figure

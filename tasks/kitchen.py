@@ -119,7 +119,7 @@ class Kitchen(Task):
     def world(self, n: int, n_threads: int | None = None) -> KitchenWorld:
         return KitchenWorld(self.subtasks, n, n_threads)
 
-    def camera(self, model: mujoco.MjModel) -> mujoco.MjvCamera:
+    def camera(self, model: mujoco.MjModel, aspect: float) -> mujoco.MjvCamera:
         """Over the robot's shoulder."""
         camera = mujoco.MjvCamera()
         camera.lookat[:] = [-0.2, 0.5, 2.0]

@@ -68,7 +68,6 @@ class LocomotionWorld(World):
     def __init__(self, body: str, n: int, n_threads: int | None = None):
         self.body = BODIES[body]
         self.simulation = Simulation(build_model(body), n, n_threads)
-        self.seconds = self.body.frame_skip * self.simulation.model.opt.timestep
 
     @property
     def observations(self) -> np.ndarray:
@@ -93,7 +92,8 @@ class LocomotionWorld(World):
         actions = checked_actions(actions, (len(who), simulation.model.nu))
         x = simulation.qpos[who, 0]
         simulation.step(who, actions, body.frame_skip)
-        velocity = (simulation.qpos[who, 0] - x) / self.seconds
+        seconds = body.frame_skip * simulation.model.opt.timestep
+        velocity = (simulation.qpos[who, 0] - x) / seconds
         rewards = velocity + body.alive - body.control_cost * (actions**2).sum(axis=1)
         return rewards, ~body.healthy(simulation.states[who])
 
@@ -114,7 +114,7 @@ class Locomotion(Task):
     def world(self, n: int, n_threads: int | None = None) -> LocomotionWorld:
         return LocomotionWorld(self.body, n, n_threads)
 
-    def camera(self, model: mujoco.MjModel) -> mujoco.MjvCamera:
+    def camera(self, model: mujoco.MjModel, aspect: float) -> mujoco.MjvCamera:
         """From the side, following the torso."""
         camera = mujoco.MjvCamera()
         camera.type = mujoco.mjtCamera.mjCAMERA_TRACKING

@@ -7,7 +7,9 @@
 Also what all tasks need around that: loading and compiling models, and checking actions.
 """
 
+import copy
 import os
+import threading
 import warnings
 from functools import lru_cache
 from importlib.util import find_spec
@@ -17,7 +19,7 @@ import mujoco
 import numpy as np
 from mujoco.rollout import Rollout
 
-from .task import TaskError
+from .task import TaskError, one_line
 
 
 class Simulation:
@@ -31,39 +33,58 @@ class Simulation:
     computes them for the new state.
 
     The solver starts cold at each call of step(), so a step depends on qpos, qvel and control only.
+
+    `model` is a copy of the one that was given: changing it changes this simulation only. A
+    simulation can be copied and pickled. The first step starts the threads and close() ends them;
+    a step after that starts them again.
     """
 
     def __init__(self, model: mujoco.MjModel, n: int, n_threads: int | None = None):
-        self.model = model
-        n_threads = min(n_threads or available_cores(), n)
         size = mujoco.mj_stateSize(model, mujoco.mjtState.mjSTATE_FULLPHYSICS)
         if size != 1 + model.nq + model.nv:
             extra = size - 1 - model.nq - model.nv
             raise ValueError(f"a model with {extra} states beyond qpos and qvel is not supported")
-        self._state = np.zeros((n, size))  # MuJoCo's order: time, qpos, qvel
-        self.qpos = self._state[:, 1 : 1 + model.nq]
-        self.qvel = self._state[:, 1 + model.nq :]
-        self.states = self._state[:, 1:]
+        self.model = copy.copy(model)
         self.sensors = np.zeros((n, model.nsensordata))
-        self._rollout = Rollout(nthread=n_threads if n_threads > 1 else 0)  # 0: the calling thread
-        self._data = [mujoco.MjData(model) for _ in range(n_threads)]
+        self._state = np.zeros((n, size))  # MuJoCo's order: time, qpos, qvel
+        self._n_threads = min(n_threads or available_cores(), n)
+        self._rollout: Rollout | None = None
+        self._data: list[mujoco.MjData] = []  # of the threads
         self.place(np.arange(n), model.qpos0, np.zeros(model.nv))
+
+    @property
+    def qpos(self) -> np.ndarray:
+        return self._state[:, 1 : 1 + self.model.nq]
+
+    @property
+    def qvel(self) -> np.ndarray:
+        return self._state[:, 1 + self.model.nq :]
+
+    @property
+    def states(self) -> np.ndarray:
+        return self._state[:, 1:]
 
     def place(self, who: np.ndarray, qpos: np.ndarray, qvel: np.ndarray) -> None:
         """Put the copies who (k,) into states qpos (k, nq) and qvel (k, nv), or one for all."""
         self.qpos[who], self.qvel[who] = qpos, qvel
         if self.model.nsensordata:
-            data = self._data[0]
             for i in who:
-                mujoco.mj_resetData(self.model, data)
-                data.qpos[:], data.qvel[:] = self.qpos[i], self.qvel[i]
-                mujoco.mj_forward(self.model, data)
-                self.sensors[i] = data.sensordata
+                self.sensors[i] = self.posed(i).sensordata
+
+    def posed(self, i: int) -> mujoco.MjData:
+        """All that MuJoCo derives from the state of copy i."""
+        data = mujoco.MjData(self.model)
+        data.qpos[:], data.qvel[:] = self.qpos[i], self.qvel[i]
+        mujoco.mj_forward(self.model, data)
+        return data
 
     def step(self, who: np.ndarray, control: np.ndarray, n_substeps: int) -> None:
         """Advance the copies who (k,) by n_substeps, each with its row of control (k, nu)."""
         if not len(who):
             return
+        if self._rollout is None:
+            self._rollout = start_threads(self._n_threads)
+            self._data = [mujoco.MjData(self.model) for _ in range(max(1, self._rollout.nthread))]
         start = self._state[who]
         start[:, 0] = 0.0
         control = np.repeat(control[:, None], n_substeps, axis=1)
@@ -71,13 +92,49 @@ class Simulation:
         self._state[who], self.sensors[who] = states[:, -1], sensors[:, -1]
 
     def close(self) -> None:
-        self._rollout.close()
+        if self._rollout is not None:
+            self._rollout.close()
+        self._rollout, self._data = None, []
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_rollout": None, "_data": []}
 
     def __enter__(self) -> "Simulation":
         return self
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def start_threads(n: int) -> Rollout:
+    """MuJoCo's pool of n threads, of fewer if the system refuses some, or of none: the caller's.
+
+    The pool's constructor aborts the process, or hangs, if only some of its threads can start. So
+    twice as many Python threads are tried first: those that have just ended may still count.
+    """
+    if n > 1:
+        n = min(n, startable_threads(2 * n) // 2)
+    try:
+        return Rollout(nthread=n if n > 1 else 0)
+    except RuntimeError:  # not even one thread
+        return Rollout(nthread=0)
+
+
+def startable_threads(n: int) -> int:
+    """How many of n threads the system lets this process run at once."""
+    done, threads = threading.Event(), []
+    try:
+        for _ in range(n):
+            thread = threading.Thread(target=done.wait)
+            thread.start()
+            threads.append(thread)
+    except RuntimeError:  # "can't start new thread"
+        pass
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+    return len(threads)
 
 
 def load_spec(package: str, xml: str) -> mujoco.MjSpec:
@@ -169,15 +226,28 @@ def margins_add() -> bool:
 def checked_actions(actions: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Actions as float64, clipped to [-1, 1] as D4RL does.
 
-    Raises TaskError if they are not finite or not of this shape.
+    Raises TaskError if they are not finite numbers or not of this shape.
     """
-    actions = np.asarray(actions, dtype=np.float64)
-    if actions.shape != shape:
-        what = f"actions have shape {actions.shape}, not {shape}"
-        raise TaskError(f"{what}; give {shape[-1]} numbers for each episode")
-    if not np.isfinite(actions).all():
-        raise TaskError("actions hold NaN or infinity; check the policy that made them")
-    return np.clip(actions, -1.0, 1.0)
+    return np.clip(checked_numbers("actions", actions, shape), -1.0, 1.0)
+
+
+def checked_numbers(what: str, numbers: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Anything that numpy can read, as float64.
+
+    Raises TaskError, which calls it `what`, if these are not finite numbers or not of this shape.
+    """
+    try:
+        numbers = np.asarray(numbers)
+        numbers = numbers.astype(np.float64, casting="same_kind", copy=False)
+    # The last is torch's, about a tensor that requires gradients.
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = one_line(error)
+        raise TaskError(f"{what} are not real numbers that numpy can read: {reason}") from error
+    if numbers.shape != shape:
+        raise TaskError(f"{what} have shape {numbers.shape}; give them with shape {shape}")
+    if not np.isfinite(numbers).all():
+        raise TaskError(f"{what} hold NaN or infinity; check what made them")
+    return numbers
 
 
 def available_cores() -> int:

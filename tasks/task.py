@@ -5,6 +5,8 @@ Dataset, finite, in_box     transitions for Q-learning, and the checks of their 
 TaskError                   raised for every kind of bad input
 """
 
+import errno
+import os
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,15 +14,11 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from atomic import written_whole
 
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)  # where it helps to free some space
 ACTION_SLACK = 1e-3  # how far outside [-1, 1] an action in a data set may lie
-
-# For the pictures.
-LINE, END, EXPERT = "#0072b2", "#d55e00", "#555555"
-TITLE_SIZE = 9  # points: of the title's two lines, the data set's label is long and must fit
 
 
 class TaskError(RuntimeError):
@@ -28,8 +26,36 @@ class TaskError(RuntimeError):
 
 
 def one_line(text: object) -> str:
-    """Another library's message on one line: each run of white space becomes one blank."""
-    return " ".join(str(text).split())
+    """Text from outside, such as another library's message or a file's name, safe to print.
+
+    Each run of white space becomes one blank. Each other character that cannot be printed, such as
+    those of a terminal's escapes, becomes "?".
+    """
+    line = " ".join(str(text).split())
+    return "".join(character if character.isprintable() else "?" for character in line)
+
+
+def system_reason(error: OSError) -> str:
+    """Why a file could not be read or written: h5py's own text holds much else."""
+    return os.strerror(error.errno) if error.errno else one_line(error)
+
+
+def readable(value: float) -> str:
+    """A figure to be read: 1,000,000 or 3,245 or 252.9 or 0.01069."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.0f}" if 1e3 <= abs(value) < 1e9 else f"{value:.4g}"
+
+
+def expanded(path: str | os.PathLike, instead: str) -> Path:
+    """The path with ~ replaced by the home directory.
+
+    Raises TaskError, with what to do instead, where there is no home directory.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise TaskError(f"there is no home directory for {one_line(path)}: {instead}") from error
 
 
 # ---- Data ----------------------------------------------------------------------------------------
@@ -68,6 +94,20 @@ class Dataset:
             "n": len(self),
             "crc32": crc,
         }
+
+
+def summary(rows: int, observations: np.ndarray, terminals: np.ndarray, returns: np.ndarray) -> str:
+    """What was read, for the log.
+
+    rows: how many the source has. observations (N, S) and terminals (N,) are those of the N
+    transitions read from it, returns (E,) those of its episodes.
+    """
+    found = f"data: {len(observations):,} transitions of {rows:,} rows, {len(returns):,} episodes"
+    mean, best = readable(float(returns.mean())), readable(float(returns.max()))
+    found += f" of mean return {mean} and best {best}, {terminals.sum():,} terminals"
+    blocks = np.array_split(observations, 1 + len(observations) // 10_000)
+    empty = sum(np.sum(~block[block[:, 0] == 0].any(axis=1)) for block in blocks)
+    return found + (f", {empty:,} observations of zeros only" if empty else "")
 
 
 def finite(rows: np.ndarray, where: str, first: int = 0) -> np.ndarray:
@@ -134,8 +174,9 @@ class World:
         """
         raise NotImplementedError
 
-    def show(self, model) -> None:
-        """Change a copy of the model so that a picture shows the first episode's goal, if any."""
+    def posed(self):
+        """mujoco.MjData of the first episode, for a picture that shows its goal, if any."""
+        return self.simulation.posed(0)
 
     def __enter__(self) -> "World":
         return self
@@ -187,8 +228,11 @@ class Task:
         """n episodes to be stepped together, on n_threads (default: all cores)."""
         raise NotImplementedError
 
-    def camera(self, model):
-        """The viewpoint from which tasks.env films this task's model: a mujoco.MjvCamera."""
+    def camera(self, model, aspect: float):
+        """Where tasks.env looks at this task's model from, in pictures of width / height = aspect.
+
+        -> a mujoco.MjvCamera
+        """
         raise NotImplementedError
 
     def evaluate(
@@ -241,27 +285,10 @@ class Task:
                 self._figure(episodes, title).savefig(temporary, dpi=120, format="png")
         except OSError as error:
             reason = error.strerror or error
-            raise TaskError(f"cannot write the picture {path}: {reason}") from error
+            raise TaskError(f"cannot write the picture {one_line(path)}: {reason}") from error
 
-    def _figure(self, episodes: Episodes, title: str) -> Figure:
-        """Each episode's return so far, step by step, with a dot where it was terminated."""
-        figure = Figure(figsize=(7.0, 4.5), layout="constrained")
-        axes = figure.add_subplot(xlabel="environment step", ylabel="return so far")
-        faint = float(np.interp(len(episodes.rewards), [10, 100], [0.8, 0.35]))
-        edge = {"markeredgecolor": "white", "markeredgewidth": 0.5}
-        for rewards, over in zip(episodes.rewards, episodes.terminated):
-            total = np.concatenate([[0.0], np.cumsum(rewards)])
-            axes.plot(total, color=LINE, linewidth=1.0, alpha=faint)
-            if over:
-                axes.plot(len(rewards), total[-1], "o", color=END, markersize=4, **edge)
-        ended = f"terminated: {int(episodes.terminated.sum())} of {len(episodes.returns)}"
-        axes.plot([], [], "o", color=END, markersize=4, label=ended)
-        # Show the expert's return only where it does not squeeze the rest.
-        if self.ref_max < 2 * max(episodes.returns.max(), 1e-9):
-            line = {"color": EXPERT, "linewidth": 0.8, "linestyle": "--"}
-            axes.axhline(self.ref_max, **line, label="D4RL's expert")
-        axes.legend(frameon=False, loc="upper left")
-        axes.set_title(title, fontsize=TITLE_SIZE)
-        axes.margins(x=0.01)
-        axes.spines[["top", "right"]].set_visible(False)
-        return figure
+    def _figure(self, episodes: Episodes, title: str):
+        """-> a matplotlib.figure.Figure. matplotlib is imported only where something is drawn."""
+        from .pictures import draw_returns
+
+        return draw_returns(episodes, self.ref_max, title)

@@ -1,11 +1,20 @@
-"""tasks/simulation.py: models as D4RL's MuJoCo had them. The tasks' tests look at its steps."""
+"""tasks/simulation.py: threads, copies, and models as D4RL's MuJoCo had them.
+
+The tasks' tests look at its steps.
+"""
+
+import copy
+import pickle
+import threading
 
 import mujoco
 import numpy as np
 import pytest
 from mujoco210 import NAMES, inertias, make_world, recorded
 
-from tasks.simulation import compile_spec
+from tasks import simulation
+from tasks.locomotion import LocomotionWorld, build_model
+from tasks.simulation import Simulation, compile_spec, start_threads, startable_threads
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -60,3 +69,107 @@ def test_a_body_with_given_inertia_keeps_it():
     assert model.body_mass[1] == 2.0
     np.testing.assert_array_equal(model.body_ipos[1], [0, 0, 1])
     np.testing.assert_allclose(np.sort(model.body_inertia[1]), [1, 3, 3])
+
+
+# ---- Threads -------------------------------------------------------------------------------------
+
+
+def some_steps(n_threads: int) -> np.ndarray:
+    """The states of four hoppers after three steps."""
+    with LocomotionWorld("hopper", 4, n_threads) as world:
+        rng = np.random.default_rng(0)
+        world.reset(np.arange(4), rng)
+        for _ in range(3):
+            world.step(np.arange(4), rng.uniform(-1, 1, (4, 3)), rng)
+        return world.simulation.states.copy()
+
+
+@pytest.mark.parametrize("startable, used", [(0, 0), (3, 0), (5, 2), (8, 4), (100, 4)])
+def test_a_machine_without_threads_steps_with_fewer(monkeypatch, startable, used):
+    """To the same states. A pool gets half of what starts: threads that ended may still count."""
+    start, started, expected = threading.Thread.start, [], some_steps(1)
+
+    def limited(thread):
+        if len(started) >= startable:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    assert startable_threads(8) == min(8, startable) and not any(t.is_alive() for t in started)
+    started.clear()
+    pool = start_threads(4)
+    assert pool.nthread == used
+    pool.close()
+    started.clear()
+    np.testing.assert_array_equal(some_steps(4), expected)
+
+
+def test_a_pool_that_cannot_start_is_done_without(monkeypatch):
+    whole, expected = simulation.Rollout, some_steps(1)
+
+    def refused(nthread):
+        if nthread:
+            raise RuntimeError("Caught an unknown exception!")
+        return whole(nthread=0)
+
+    monkeypatch.setattr(simulation, "Rollout", refused)
+    np.testing.assert_array_equal(some_steps(4), expected)
+
+
+def test_only_a_step_starts_threads_and_close_ends_them(monkeypatch):
+    """So nothing is left running if a simulation is made, but not used."""
+    pools, start = [], start_threads
+
+    def counted(n):
+        pools.append(start(n))
+        return pools[-1]
+
+    monkeypatch.setattr(simulation, "start_threads", counted)
+    copies = Simulation(build_model("hopper"), 4, 2)
+    assert not pools
+    for _ in range(2):
+        for _ in range(3):
+            copies.step(np.arange(4), np.zeros((4, 3)), 1)
+        copies.close()
+        copies.close()
+    assert len(pools) == 2 and all(pool.rollout_ is None for pool in pools)
+
+
+# ---- Copies --------------------------------------------------------------------------------------
+
+
+def walk(world, seed: int, n_steps: int) -> list[np.ndarray]:
+    """Observations, rewards and ends of all episodes at random actions."""
+    rng, who = np.random.default_rng(seed), np.arange(len(world.observations))
+    seen = []
+    for _ in range(n_steps):
+        actions = rng.uniform(-1, 1, (len(who), world.simulation.model.nu))
+        seen += [*world.step(who, actions, rng), world.observations.copy()]
+    return seen
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_copy_of_a_world_goes_on_as_the_original(name):
+    """And neither moves the other."""
+    with make_world(name, 3) as world:
+        world.reset(np.arange(3), np.random.default_rng(1))
+        walk(world, 2, 2)
+        before = world.simulation.states.copy()
+        copies = [copy.deepcopy(world), pickle.loads(pickle.dumps(world))]
+        walks = [walk(other, 3, 4) for other in copies]
+        np.testing.assert_array_equal(world.simulation.states, before)
+        expected = walk(world, 3, 4)
+    for other, seen in zip(copies, walks):
+        for mine, theirs in zip(seen, expected, strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+        other.simulation.qpos[1, 0] = 7.0
+        assert other.simulation.states[1, 0] == 7.0 != world.simulation.qpos[1, 0]
+
+
+def test_a_change_of_one_model_changes_no_other():
+    expected = some_steps(1)
+    with LocomotionWorld("hopper", 4, 1) as world:
+        world.simulation.model.opt.gravity[:] = 0.0
+        world.simulation.model.body_mass[:] *= 2.0
+    np.testing.assert_array_equal(some_steps(1), expected)

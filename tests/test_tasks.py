@@ -1,11 +1,15 @@
 """All twenty tasks: sizes, limits, scores, files, evaluation and the gymnasium environment."""
 
 import dataclasses
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import gymnasium
 import numpy as np
 import pytest
+import torch
 from gymnasium.utils.env_checker import check_env
 
 import tasks
@@ -89,6 +93,17 @@ def test_a_task_without_reference_scores_is_refused(low, high):
     assert "\n" not in str(error.value)
 
 
+def test_importing_tasks_imports_nothing_to_draw_with():
+    """So that a program's --help comes at once."""
+    heavy = "{'matplotlib', 'imageio', 'PIL', 'scipy', 'torch', 'tasks.env'}"
+    program = f"import sys, tasks; print(*{heavy} & set(sys.modules))"
+    root = Path(__file__).parent.parent
+    asked = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True
+    )
+    assert (asked.stdout, asked.returncode) == ("\n", 0), asked.stderr
+
+
 # ---- Evaluation ----------------------------------------------------------------------------------
 
 
@@ -128,6 +143,22 @@ def test_an_environment_steps_as_an_evaluation_does(name):
         if terminated:
             break
     assert total == pytest.approx(expected.returns[0]) and length == expected.lengths[0]
+
+
+@pytest.mark.parametrize("name", ENVIRONMENTS)
+def test_a_policy_may_return_whatever_numpy_reads(name):
+    """Lists and tensors count as arrays do; what holds no numbers is refused in one line."""
+    task = shortened(name, 3)
+    as_arrays = lambda observations: np.tanh(observations[:, : task.action_dim])  # noqa: E731
+    expected = task.evaluate(as_arrays, 2, seed=0)
+    for change in (np.ndarray.tolist, torch.from_numpy, np.asfortranarray):
+        found = task.evaluate(lambda seen: change(as_arrays(seen)), 2, seed=0)
+        np.testing.assert_array_equal(found.rewards, expected.rewards)
+    needs_gradients = lambda array: torch.tensor(array, requires_grad=True)  # noqa: E731
+    for change in (lambda array: None, lambda array: {"action": array}, str, needs_gradients):
+        with pytest.raises(TaskError, match="^actions ") as error:
+            task.evaluate(lambda seen: change(as_arrays(seen)), 2, seed=0)
+        assert "\n" not in str(error.value)
 
 
 def test_episodes_are_drawn_to_a_whole_file_or_none(tmp_path):
