@@ -1,7 +1,7 @@
 """Acting: the best of 50 candidates by softmax of Q; eager, compiled, in a graph, and fused.
 
-    python -m bench.acting          # on a CPU a minute and a half; on a GPU one with --quick
-    python -m bench.acting --quick  # one state and 100 states, under a minute
+    python -m bench.acting          # on an idle CPU 1.5 minutes; on a GPU one with --quick
+    python -m bench.acting --quick  # one state and 100 states
 
 Variants: plain is dql.py's act as it is, eager what kernels/eager.py makes of it, compile that with
 its tensor part compiled. On a GPU also the tensor part in a CUDA graph; the fused actor at every
@@ -15,7 +15,7 @@ variant that fails is left out and reported.
 Figures: milliseconds per call (20th, 50th and 80th percentile), decisions/s, the ratio of the first
 variant's median to this one's, TFLOP/s, their share of the ceiling that a large matrix product of
 that precision sets in the same run, and the relative error of fused values. Written to
-bench/results/acting_DEVICE.json; a line for each is appended to bench/results/acting.csv.
+runs/bench/acting_DEVICE.json; a line for each is appended to acting.csv.
 """
 
 import copy
@@ -31,6 +31,7 @@ from bench.sampling import ACTION_DIM, STATE_DIM, arithmetic, flops_per_action, 
 from bench.timing import Figures, parse_options, peaks, precision_of, speed, speed_text
 from dql import DiffusionQL
 from kernels import eager
+from trainer.terminal import steady_output
 
 CANDIDATES = 50
 CHECKED_STATES = 8  # at least: rounding errors in the values of one state are alike
@@ -190,8 +191,9 @@ def measure_case(figures: Figures, n: int, quick: bool, device) -> None:
         print(f"{n:6d} states  {name:34s}{speed_text(figure, 'decisions_per_s')}", flush=True)
 
 
+@steady_output()
 def main(argv: list[str] | None = None) -> int:
-    options = parse_options(__doc__, "one state and 100 states, under a minute", argv)
+    options = parse_options(__doc__, "one state and 100 states, for less time", argv)
     device, quick = options.device, options.quick
     how = {"quick": quick, "threads": options.threads, "candidates": CANDIDATES}
     how["peaks"] = peaks(device)

@@ -11,7 +11,7 @@ drawn by the fused sampler) and pictures.
 Without a GPU only training, acting, sampling and pictures are run. Each part is a process of its
 own that prints as it goes and writes figures as soon as they are known. If one fails or takes too
 long, the next one starts; failures are listed at the end and make the exit status 1. Figures go to
-bench/results and experiments/results, or with --out all to one folder.
+runs/bench and runs/experiments, or with --out all to one folder.
 """
 
 import argparse
@@ -27,7 +27,9 @@ from typing import NamedTuple
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+from bench.folders import ROOT, make_folder
+from trainer.terminal import steady_output
+
 TESTED = (
     "ops packing sampler actor gradients optimizer training trained update graphs rounding".split()
 )
@@ -102,14 +104,17 @@ def run(command: list, limit: float) -> str:
     return f"exit status {status}, see above" if status else ""
 
 
+@steady_output()
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add, ever = parser.add_argument, float("inf")
     add("--minutes", type=float, default=ever, help="how long it may take; default: any time")
     add("--quick", action="store_true", help="each part's quick form, if it has one")
     add("--parts", nargs="+", choices=list(parts(None)), help="default: all")
-    add("--out", type=Path, help="folder of the results")
+    add("--out", type=Path, help="one folder for all results; default: each part's own")
     options = parser.parse_args(argv)
+    if options.out:
+        make_folder(options.out)
     start, outcome, on_gpu = time.monotonic(), {}, torch.cuda.is_available()
 
     def say(what):
@@ -131,7 +136,8 @@ def main(argv: list[str] | None = None) -> int:
         say(f"{name}: python -m {' '.join(command)}")
         outcome[name] = run(command, min(left, OVERRUN * seconds))
     failed = {name: why for name, why in outcome.items() if why}
-    say(f"{len(outcome)} parts, {len(failed)} of them failed")
+    where = options.out or "runs/bench and runs/experiments"
+    say(f"{len(outcome)} parts, {len(failed)} of them failed; figures in {where}")
     for name, why in failed.items():
         print(f"FAILED: {name}: {why}")
     return int(bool(failed))

@@ -7,24 +7,24 @@ Environment steps per second with random actions: only the physics and its bookk
 task's world with as many episodes as the paper evaluates, and with 10; gymnasium's SyncVectorEnv
 (one process steps all) and AsyncVectorEnv (a process per episode), both with 10. Episodes that end
 are started again. Tasks that differ only in their data are measured once. The variants are timed in
-turns; the median over the rounds is written to bench/results/evaluation.json.
+turns; the median over the rounds is written to runs/bench/evaluation.json.
 """
 
 import argparse
 import json
 import time
-from pathlib import Path
 
 import gymnasium
 import mujoco
 import numpy as np
 
 import tasks
-from bench.timing import RESULTS
+from bench.folders import add_results_option, make_folder
 from tasks.simulation import available_cores
 from trainer.folder import save_json
 from trainer.options import recipe_options
 from trainer.provenance import describe
+from trainer.terminal import steady_output
 
 KINDS = [
     "hopper-medium-v2",
@@ -87,13 +87,14 @@ def measure(name: str, n_threads: int, rounds: int) -> dict:
     return {label: round(float(np.median(values))) for label, values in rates.items()}
 
 
+@steady_output()
 def main(argv: list[str] | None = None) -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--tasks", nargs="+", default=KINDS)
     parser.add_argument("--threads", type=int, default=min(2, available_cores()))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of evaluation.json")
+    add_results_option(parser, "bench")
     options = parser.parse_args(argv)
     try:
         for name in options.tasks:
@@ -102,6 +103,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(str(e)) from e
     if min(options.threads, options.rounds) < 1:
         raise SystemExit("--threads and --rounds must be at least 1")
+    make_folder(options.out)
     found = {}
     for name in options.tasks:
         found[name] = measure(name, options.threads, options.rounds)
@@ -112,7 +114,9 @@ def main(argv: list[str] | None = None) -> None:
         "steps_per_episode": LIMIT,
         "mujoco": mujoco.__version__,
     }
-    save_json(options.out / "evaluation.json", {**describe(), **how, "steps_per_second": found})
+    path = options.out / "evaluation.json"
+    save_json(path, {**describe(), **how, "steps_per_second": found})
+    print(f"figures of {len(found)} tasks in {path}")
 
 
 if __name__ == "__main__":

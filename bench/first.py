@@ -7,7 +7,7 @@ Each kernel at each precision is checked in a process of its own, all at once, s
 time is a compiler's: one that hangs or breaks its CUDA context does not affect the others. Results
 are compared with float64 as in bench.sampling, acting and training. Calls are repeated and must
 give the same bits: a result that changes is a race. Then, alone, a few timings in microseconds
-(20th, 50th and 80th percentile). Findings are written to bench/results/first_DEVICE.json as soon as
+(20th, 50th and 80th percentile). Findings are written to runs/bench/first_DEVICE.json as soon as
 they are known.
 """
 
@@ -17,19 +17,19 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from pathlib import Path
 
 import torch
 
 from bench import training
 from bench.acting import CANDIDATES, agent_at, check_fused
+from bench.folders import ROOT, add_results_option, make_folder
 from bench.sampling import Variant, check, make_noise, make_policy
-from bench.timing import QUANTILES, RESULTS, device_slug, measure, peaks
+from bench.timing import QUANTILES, device_slug, measure, peaks
 from dql import Updates
 from trainer.folder import save_json
 from trainer.provenance import describe
+from trainer.terminal import steady_output
 
-ROOT = Path(__file__).resolve().parents[1]
 REPEATS = 200
 
 
@@ -210,20 +210,21 @@ def run_parts(parts: list, seconds: float, add) -> None:
             add(done.result())
 
 
+@steady_output()
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     what = "one part, in this process; default: all"
     parser.add_argument("part", nargs="?", choices=PARTS, help=what)
     parser.add_argument("precision", nargs="?", default="fp16", help="of that part")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    add_results_option(parser, "bench")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
         raise SystemExit("bench.first checks a CUDA GPU, and none was found")
     if options.part:
         return PARTS[options.part](options.precision, torch.device("cuda"))
+    make_folder(options.out)
     where, findings, start = describe(), [], time.monotonic()
     path = options.out / f"first_{device_slug(where)}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
 
     def add(found):
         for finding in found:

@@ -42,5 +42,6 @@ def full_run(options) -> None:
         "selection": run.select(config.top_k),
     }
     where = describe()
-    save_json(options.out / f"full_run_{device_slug(where)}.json", {**where, **found})
-    print(times, f"last score {evaluations[-1]['score']:.1f}")
+    path = options.out / f"full_run_{device_slug(where)}.json"
+    save_json(path, {**where, **found})
+    print(times, f"last score {evaluations[-1]['score']:.1f}, in {path}")

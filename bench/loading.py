@@ -1,7 +1,7 @@
 """How long a D4RL file of two million rows takes to load, and how much memory.
 
-    python -m bench.loading                                # two shapes, plain and gzip: two minutes
-    python -m bench.loading --rows 200000 --out elsewhere  # smaller files
+    python -m bench.loading                # two shapes, plain and gzip: two minutes if idle
+    python -m bench.loading --rows 200000  # smaller files
 
 The files have D4RL's layout and the chunks that h5py chooses when it compresses: observations,
 actions and rewards, random numbers in float32, and terminals and timeouts in bool. Each file is
@@ -9,8 +9,7 @@ loaded in fresh processes, from the system's file cache.
 
 Figures: "data" is the size of these arrays, uncompressed; "seconds" the median time to load them;
 "result" the size of the data set's arrays; "peak" how much more memory a process ever used than
-before it loaded them, with the data set included. Written to bench/results/loading.json. Linux
-only.
+before it loaded them, with the data set included. Written to runs/bench/loading.json. Linux only.
 """
 
 import argparse
@@ -27,8 +26,9 @@ import h5py
 import numpy as np
 
 import tasks
+from bench.folders import ROOT, add_results_option, make_folder
+from trainer.terminal import steady_output
 
-ROOT = Path(__file__).resolve().parents[1]
 TASKS = ("antmaze-umaze-v0", "halfcheetah-medium-expert-v2")  # the second has 2M rows
 ROWS = 1 << 16  # made at a time
 MIB = 1 << 20
@@ -111,17 +111,18 @@ def measure_file(task_name: str, compression: str | None, rows: int, repeats: in
     }
 
 
+@steady_output()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add, results = parser.add_argument, ROOT / "bench" / "results"
-    add("--rows", type=int, default=2_000_000)
-    add("--repeats", type=int, default=3, help="processes a file")
-    add("--out", type=Path, default=results, help="folder of the results")
+    parser.add_argument("--rows", type=int, default=2_000_000)
+    parser.add_argument("--repeats", type=int, default=3, help="processes a file")
+    add_results_option(parser, "bench")
     options = parser.parse_args(argv)
     if options.rows < 2 or options.repeats < 1:
         raise SystemExit("--rows must be at least 2 and --repeats at least 1")
     if not Path("/proc/self/clear_refs").exists():
         raise SystemExit("bench.loading reads a process's memory from /proc: it needs Linux")
+    make_folder(options.out)
     figures = []
     for name in TASKS:
         for compression in (None, "gzip"):
@@ -135,9 +136,9 @@ def save(figures: list[dict], options: argparse.Namespace) -> None:
     from trainer.folder import save_json
     from trainer.provenance import describe
 
-    options.out.mkdir(parents=True, exist_ok=True)
-    found = {**describe(), "repeats": options.repeats, "figures": figures}
-    save_json(options.out / "loading.json", found)
+    path, found = options.out / "loading.json", {**describe(), "repeats": options.repeats}
+    save_json(path, {**found, "figures": figures})
+    print(f"{len(figures)} figures in {path}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """What ptxas makes of the kernels, without a GPU: registers, spills, shared memory, instructions.
 
-    python -m bench.offline                              # everything, into results/offline.json
+    python -m bench.offline                              # everything, into runs/bench/offline.json
     python -m bench.offline --arch 90 --only "256 fp16$" # some, only printed
 
 Each kernel's launch is recorded, with the arguments that it gets on a GPU, and compiled for the GPU
 as the launch would. Nothing is timed. Spills are local loads and stores counted in the machine
-code: Triton's own count needs a device. Everything takes seven minutes on two cores.
+code: Triton's own count needs a device. Everything takes seven minutes on two idle cores.
 """
 
 import argparse
@@ -29,13 +29,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from bench.timing import RESULTS
+from bench.folders import add_results_option, make_folder
 from dql import DiffusionPolicy, DiffusionQL, TwinCritic
 from kernels import actor, gradients, launches, optimizer, sampler, training
 from kernels.packing import HIDDEN_DIMS, PRECISIONS
 from kernels.tiles import ARCHITECTURES, LITTLE_MEMORY, Tile, choose_actor_tile, choose_tile
 from trainer.folder import save_json
 from trainer.provenance import describe
+from trainer.terminal import steady_output
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 COUNTED = ("HGMMA", "LDGSTS", "UTCHMMA", "HMMA", "FFMA", "MUFU", "LDL", "STL", "BPT")
@@ -188,6 +189,7 @@ def compile_case(arch: int, name: str) -> dict:
     return {"case": name, **compile_for(arch, cases(arch)[name]())}
 
 
+@steady_output()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     known = *ARCHITECTURES, *LITTLE_MEMORY
@@ -195,6 +197,7 @@ def main(argv: list[str] | None = None) -> None:
     patterns = "cases in whose name one of these patterns is found"
     parser.add_argument("--only", nargs="+", default=[""], help=patterns)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time")
+    add_results_option(parser, "bench")
     options = parser.parse_args(argv)
     todo = [
         (arch, name)
@@ -202,15 +205,18 @@ def main(argv: list[str] | None = None) -> None:
         for name in cases(arch)
         if any(re.search(part, name) for part in options.only)
     ]
+    everything = len(todo) == sum(len(cases(arch)) for arch in ARCHITECTURES)
+    if everything:
+        make_folder(options.out)
     found = []
     with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
         for result in pool.map(compile_case, *zip(*todo)):
             print(json.dumps(result), flush=True)
             found.append(result)
-    if len(todo) == sum(len(cases(arch)) for arch in ARCHITECTURES):
-        save_json(
-            RESULTS / "offline.json", {**describe(), "triton": triton.__version__, "cases": found}
-        )
+    if everything:
+        path = options.out / "offline.json"
+        save_json(path, {**describe(), "triton": triton.__version__, "cases": found})
+        print(f"{len(found)} cases in {path}", file=sys.stderr)  # stdout is JSON
 
 
 if __name__ == "__main__":

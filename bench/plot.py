@@ -1,9 +1,10 @@
 """Pictures of what was measured: sampling and acting over batch size, and updates/s of training.
 
-    python -m bench.plot            # of every device whose figures are in bench/results
+    python -m bench.plot                          # every device whose figures are in runs/bench
     python -m bench.plot cpu h100
+    python -m bench.plot --results bench/results  # the committed figures
 
-Writes bench/results/sampling_DEVICE.png and, of bench.training's figures, training_DEVICE.png.
+Writes sampling_DEVICE.png and, of bench.training's figures, training_DEVICE.png beside them.
 """
 
 import argparse
@@ -13,9 +14,12 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from bench.timing import RESULTS, device_name
+from bench.folders import add_results_option
+from bench.timing import device_name
 from trainer.folder import saved
+from trainer.terminal import steady_output
 
+WIDTH = 8.5  # inches: README and docs/ show pictures 800 pixels wide, there 10 points are 13 pixels
 PALETTES = {
     "fused": ["#0072b2", "#56b4e9", "#009e73", "#004b87"],
     "eager": ["#d55e00", "#e69f00"],
@@ -50,29 +54,39 @@ def lines(axes, figures: list[dict], x: str, y: str) -> None:
     axes.grid(alpha=0.3, which="both", linewidth=0.5)
 
 
+def label(axes, title: str, x: str, y: str) -> None:
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel(x, fontsize=9)
+    axes.set_ylabel(y, fontsize=9)
+    axes.tick_params(labelsize=8)
+
+
+def legend(figure: Figure, *panels) -> None:
+    """One for all panels, below them."""
+    named = {name: line for axes in panels for line, name in zip(*axes.get_legend_handles_labels())}
+    how = {"loc": "outside lower center", "fontsize": 8, "frameon": False}
+    figure.legend(named.values(), named.keys(), ncols=4, **how)
+
+
 def draw_sampling(sampled: dict, acted: dict | None, path: Path) -> None:
     figures = [f for f in sampled["figures"] if f["T"] == 5]
     panels = 3 if acted else 2
-    figure = Figure(figsize=(4.9 * panels, 4.6), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 4.0), layout="constrained")
     time, rate, *more = figure.subplots(1, panels)
     lines(time, figures, "batch", "p50")
-    time.set(xlabel="batch", ylabel="ms a call (median)", title="sampling: latency")
+    label(time, "sampling: latency", "batch", "ms a call (median)")
     lines(rate, figures, "batch", "actions_per_s")
-    rate.set(xlabel="batch", ylabel="actions/s", title="sampling: throughput")
+    label(rate, "sampling: throughput", "batch", "actions/s")
     best = max(figures, key=lambda f: f["actions_per_s"])
     if best["share"]:
         most = best["actions_per_s"] / best["share"]
-        rate.axhline(most, color="black", linewidth=0.8, linestyle=":")
-        text = f" matrix products alone, {best['precision']}"
-        rate.text(figures[0]["batch"], most, text, va="bottom", fontsize=8)
-        rate.set_ylim(top=most * 3)
+        name = f"matrix products alone, {best['precision']}"
+        rate.axhline(most, color="black", linewidth=0.8, linestyle=":", label=name)
     for axes in more:
         on_device = [f for f in acted["figures"] if "numpy" not in f["variant"]]
         lines(axes, on_device, "states", "p50")
-        title = f"acting: best of {acted['candidates']} by Q"
-        axes.set(xlabel="states", ylabel="ms a call (median)", title=title)
-    for axes in (time, rate, *more):
-        axes.legend(fontsize=7, frameon=False)
+        label(axes, f"acting: best of {acted['candidates']}", "states", "ms a call (median)")
+    legend(figure, time, rate, *more)
     save(figure, sampled, "state 29, action 8, hidden 256, T = 5", path)
 
 
@@ -83,7 +97,7 @@ def draw_training(trained: dict, path: Path) -> None:
     figures = [f for f in trained["figures"] if f["threads"] == most]
     several = [f for f in figures if f["variant"].startswith("fused")]
     columns = 2 if several else 1
-    figure = Figure(figsize=(5.2 * columns, 4.4), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
     bars, *more = figure.subplots(1, columns, squeeze=False)[0]
     alone = [f for f in figures if f["seeds"] == 1]
     names = list(dict.fromkeys(f["variant"] for f in alone))
@@ -97,33 +111,34 @@ def draw_training(trained: dict, path: Path) -> None:
         bars.bar_label(drawn, labels, fontsize=8)
     rates = [f["updates_per_s"] for f in alone]
     scale = "log" if max(rates) > 50 * min(rates) else "linear"
-    bars.set(xlabel="updates/s, one agent", xscale=scale, title="training")
+    bars.set_xscale(scale)
+    label(bars, "training", "updates/s, one agent", "")
     bars.set_yticks(range(len(names)), names)
     bars.invert_yaxis()
     bars.margins(x=0.2)
-    bars.legend(fontsize=8, frameon=False)
     for axes in more:
         first = [f for f in several if f["workload"] == workloads[0]]
         lines(axes, first, "seeds", "updates_per_s")
-        axes.set(xlabel="agents side by side", ylabel="updates/s of all", title="several seeds")
-        axes.legend(fontsize=7, frameon=False)
+        label(axes, "several seeds", "agents side by side", "updates/s of all")
+    legend(figure, bars, *more)
     save(figure, trained, "batch 256", path)
 
 
 def save(figure: Figure, measured: dict, sizes: str, path: Path) -> None:
     """With where the figures come from as the title."""
     origin = f"torch {measured['torch']}, {measured['date']}, commit {measured['commit']}"
-    figure.suptitle(f"{device_name(measured)}, {origin}; {sizes}", fontsize=9)
+    title = f"{device_name(measured)}; {sizes}\n{origin}"
+    figure.suptitle(title, fontsize=9, parse_math=False)
     with saved(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+        figure.savefig(temporary, format="png", dpi=160)
     print(path)
 
 
+@steady_output()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("devices", nargs="*", help="cpu, h100, ...; default: all that there are")
-    what = "folder of the figures and pictures"
-    parser.add_argument("--results", type=Path, default=RESULTS, help=what)
+    add_results_option(parser, "bench", "--results")
     options = parser.parse_args(argv)
     folder = options.results
     there = sorted(p.stem.removeprefix("sampling_") for p in folder.glob("sampling_*.json"))

@@ -1,6 +1,6 @@
 """Sampling actions from a diffusion policy: eager, compiled, in CUDA graphs, fused into one kernel.
 
-    python -m bench.sampling          # on a CPU about a minute; on a GPU one with --quick
+    python -m bench.sampling          # on an idle CPU about a minute; on a GPU one with --quick
     python -m bench.sampling --quick  # a few sizes
 
 Variants: plain is dql.py's chain as it is, eager the one that kernels/eager.py makes of it. On a
@@ -15,7 +15,7 @@ bench/rounding.py). A variant that fails is left out and reported.
 Figures: milliseconds per call (20th, 50th and 80th percentile), actions/s, the ratio of the first
 variant's median to this one's, TFLOP/s, their share of the ceiling that a large matrix product of
 that precision sets in the same run, and the relative error against float64. Written to
-bench/results/sampling_DEVICE.json; a line for each is appended to bench/results/sampling.csv.
+runs/bench/sampling_DEVICE.json; a line for each is appended to sampling.csv.
 """
 
 import copy
@@ -34,6 +34,7 @@ from bench.rounding import allowed, error, to_tf32
 from bench.timing import Figures, measure, parse_options, peaks, speed, speed_text
 from dql import DiffusionPolicy
 from kernels import eager
+from trainer.terminal import steady_output
 
 STATE_DIM, ACTION_DIM = 29, 8
 COLUMNS = "T batch variant precision p20 p50 p80 ratio actions_per_s tflops share error".split()
@@ -288,8 +289,9 @@ def add_tiles(figures: Figures, quick: bool, seconds: float, device) -> None:
         print(f"{t['batch']:8d} rows {t['precision']:7s} {found}")
 
 
+@steady_output()
 def main(argv: list[str] | None = None) -> int:
-    options = parse_options(__doc__, "a few sizes, under two minutes", argv)
+    options = parse_options(__doc__, "a few sizes", argv)
     device, quick = options.device, options.quick
     on_gpu = device.type == "cuda"
     seconds = (0.2 if quick else 0.4) if on_gpu else (2.0 if quick else 5.0)

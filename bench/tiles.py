@@ -9,7 +9,7 @@ updates against plain torch, in a process of its own, many at once: some do not 
 machine code that reads beyond its memory. Those that are right are then timed, in graphs: the
 sampler at several batch sizes, the actor at several numbers of states, an update with 1 and 8
 agents, with the time of each launch. Results are in microseconds (median), in
-bench/results/tiles_DEVICE.json as soon as they are known. tiles_h100.json is an earlier form's.
+runs/bench/tiles_DEVICE.json as soon as they are known. The committed one is an earlier form's.
 """
 
 import argparse
@@ -18,7 +18,6 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from statistics import median
 from unittest.mock import patch
 
@@ -26,10 +25,12 @@ import torch
 
 from bench import training
 from bench.acting import CANDIDATES, agent_at, check_fused
+from bench.folders import add_results_option, make_folder
 from bench.sampling import Variant, check, make_noise, make_policy
-from bench.timing import RESULTS, device_slug, measure
+from bench.timing import device_slug, measure
 from trainer.folder import save_json
 from trainer.provenance import describe
+from trainer.terminal import steady_output
 
 # Of a tile: transposed, rows, chunk, warps, stages.
 NETWORK = {
@@ -151,16 +152,18 @@ def is_right(name: str) -> str:
     """Check a candidate in a process of its own -> why not, or an empty string."""
     words = [sys.executable, "-m", "bench.tiles", name]
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+        how = {"capture_output": True, "text": True, "errors": "replace"}
+        done = subprocess.run(words, **how, timeout=120)
     except subprocess.TimeoutExpired:
         return "it takes too long to compile"
     return "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["it crashed"])[-1]
 
 
+@steady_output()
 def main(argv: list[str] | None = None) -> int | None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("candidate", nargs="?", help="only check this one, in this process")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    add_results_option(parser, "bench")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
         raise SystemExit("bench.tiles times a CUDA GPU, and none was found")
@@ -171,9 +174,9 @@ def main(argv: list[str] | None = None) -> int | None:
             check_one(kind, precision, device)
             torch.cuda.synchronize()
         return
+    make_folder(options.out)
     where, found = describe(), {}
     path = options.out / f"tiles_{device_slug(where)}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         whys = dict(zip(candidates(), pool.map(is_right, candidates())))
     for name, why in whys.items():
@@ -187,6 +190,7 @@ def main(argv: list[str] | None = None) -> int | None:
         print(f"{name:34s} {why or found[name]}", flush=True)
         wrong = {name: why for name, why in whys.items() if why}
         save_json(path, {**where, "wrong": wrong, "microseconds": found})
+    print(f"{len(found)} of {len(whys)} candidates are timed in {path}")
     return int(not found)
 
 

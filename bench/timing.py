@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from bench.folders import add_results_option, make_folder
 from trainer.folder import save_json
 from trainer.provenance import describe
 
-RESULTS = Path(__file__).parent / "results"
 QUANTILES = ("p20", "p50", "p80")
 ORIGIN = ("date", "commit", "device", "torch")
 # On a GPU a sample is as many calls as take this long: events are only good to half a microsecond.
@@ -26,15 +26,16 @@ def options_parser(doc: str, quick: str) -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help=quick)
     default = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--device", type=torch.device, default=default)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    add_results_option(parser, "bench")
     return parser
 
 
 def parse_options(doc: str, quick: str, argv: list[str] | None) -> argparse.Namespace:
-    """The options of bench.sampling and bench.acting. Sets the number of threads."""
+    """The options of bench.sampling and bench.acting. Sets the number of threads, makes --out."""
     parser = options_parser(doc, quick)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; default 1")
     options = parser.parse_args(argv)
+    make_folder(options.out)
     torch.set_num_threads(options.threads)
     return options
 
@@ -154,7 +155,7 @@ class Figures:
     still measured.
     """
 
-    def __init__(self, name: str, columns: list[str], out: Path = RESULTS, **more):
+    def __init__(self, name: str, columns: list[str], out: Path, **more):
         self.where = describe()
         self.columns, self.more = columns, more
         self.figures, self.failures = [], []
@@ -188,7 +189,7 @@ class Figures:
         origin = {key: self.where[key] for key in ("date", "commit", "torch")}
         origin["device"] = device_name(self.where)
         new = not self.table.exists()
-        with self.table.open("a", newline="") as file:
+        with self.table.open("a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, [*ORIGIN, *self.columns])
             if new:
                 writer.writeheader()

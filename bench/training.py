@@ -1,9 +1,10 @@
 """Updates per second, from plain dql.py to a few fused launches, for one agent and for several.
 
     python -m bench.training             # minutes; a CPU: one thread, then all cores
-    python -m bench.training --quick     # less than a minute, for a first look
+    python -m bench.training --quick     # a first look, under a minute on an idle machine
     python -m bench.training --full-run  # instead: the paper's antmaze-umaze run on generated data,
                                          # 1M updates and 20 evaluations
+    python -m bench.training --compile --threads 1 --out bench/results  # README's figures anew
 
 Variants: plain (dql.py as it is), eager (made faster by kernels/eager.py), compile (eager under
 torch.compile), and on a GPU graph (eager in CUDA graphs), "compile, graph", and kernels.FusedUpdate
@@ -16,7 +17,7 @@ Figures: ms per update of all seeds (20th, 50th and 80th percentile), the ratio 
 variant's median to this one's, and updates/s of all seeds together. On a GPU also the share of the
 ceiling, which large matrix products of that precision set in the same run; and, for 1 and 8 seeds,
 the profiler's launches per update and each kernel's share of their time. Written to
-bench/results/training_DEVICE.json; a line for each is appended to training.csv.
+runs/bench/training_DEVICE.json; a line for each is appended to training.csv.
 """
 
 import argparse
@@ -27,10 +28,12 @@ from pathlib import Path
 
 import torch
 
+from bench.folders import make_folder
 from bench.full_run import full_run
 from bench.timing import QUANTILES, Figures, device_name, options_parser, peaks, precision_of, speed
 from dql import Batch, DiffusionQL, Transitions, Updates
 from kernels import eager
+from trainer.terminal import steady_output
 
 STATE_DIM, ACTION_DIM, BATCH, HIDDEN, T = 29, 8, 256, 256, 5
 SETTINGS = dict(eta=0.5, grad_norm=2.0, ema_start=0)
@@ -276,7 +279,7 @@ def print_figure(f: dict) -> None:
 
 
 def parse_options(argv: list[str] | None) -> argparse.Namespace:
-    parser = options_parser(__doc__, "under a minute: fewer variants, one thread, 2 s per workload")
+    parser = options_parser(__doc__, "fewer variants, one thread, 2 s per workload")
     add = parser.add_argument
     what = "on a CPU also the compiled variant, after a minute of compiling"
     add("--compile", action="store_true", help=what)
@@ -286,7 +289,9 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     add("--full-run", action="store_true", help=what)
     add("--precision", default="fp16", choices=FUSED, help="of the full run")
     add("--runs", type=Path, default=Path("runs"), help="folder of the full run")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    make_folder(options.out)
+    return options
 
 
 def thread_counts(options) -> list[int]:
@@ -309,6 +314,7 @@ def compiles(options) -> bool:
     return wanted and eager.has_compiler()
 
 
+@steady_output()
 def main(argv: list[str] | None = None) -> int | None:
     options = parse_options(argv)
     if options.full_run:

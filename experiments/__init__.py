@@ -1,4 +1,4 @@
-"""What is learned: scores and samples, not speed. Figures lie in experiments/results.
+"""What is learned: scores and samples, not speed. Figures go to runs/experiments.
 
     bandit            the paper's 2-D bandit: diffusion against other policies, pictures and a table
     d4rl              the paper's table: Diffusion-QL on twenty tasks, on a laptop or a cluster
@@ -8,5 +8,6 @@
 
 Each is a command: python -m experiments.NAME --help. d4rl, learning_curves and precision train with
 dql.py's own command line, through runs.py: a finished run is not made again, an interrupted one is
-resumed.
+resumed. What README and docs/ quote is committed in experiments/results; bench/folders.py says how
+to replace it.
 """

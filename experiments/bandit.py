@@ -1,6 +1,6 @@
 """The paper's 2-D bandit: diffusion against six other policies, pictures and a table.
 
-    python -m experiments.bandit --quick    # a rough picture in a minute on two cores
+    python -m experiments.bandit --quick    # a rough picture: 1 to 2 minutes on two idle cores
     python -m experiments.bandit --compile  # the paper's 100,000 updates, three seeds: hours
     python -m experiments.bandit --methods BC-MLE BC-Diffusion --seeds 2022
     python -m experiments.bandit --fused    # drawn by the fused sampler, on a GPU
@@ -16,7 +16,7 @@ is chance (bandit_course.png); a line of its own shows it with critics that lear
 Every trained policy is kept in runs/bandit, under the whole configuration that made it: an
 interrupted command goes on from there, and commands that need the same policies share them. After a
 change of how they train, empty that folder. Writes bandit.png, bandit_steps.png, bandit_course.png
-and bandit.json to experiments/results (--out); after --quick or --fused their names say so. The
+and bandit.json to runs/experiments (--out); after --quick or --fused their names say so. The
 table's figures are of 1,000 samples a seed, ± the standard deviation over seeds; CPU s is what
 training took of one core.
 """
@@ -36,6 +36,7 @@ import numpy as np
 import torch
 
 import kernels
+from bench.folders import add_results_option, make_folder
 from experiments.bandit_data import (
     ACTION_DIM,
     BANDWIDTH,
@@ -58,10 +59,11 @@ from experiments.bandit_pictures import (
     table,
 )
 from experiments.bandit_policies import CLONING, DIFFUSION, METHODS, WITH_ETA, train
-from experiments.runs import RESULTS, ROOT, say
+from experiments.runs import ROOT, say
 from kernels.eager import has_compiler
-from trainer.folder import RunError, RunFolder, load_tensors, save_json, save_tensors
+from trainer.folder import RunError, load_tensors, save_json, save_tensors
 from trainer.provenance import describe
+from trainer.terminal import steady_output
 
 POLICIES = ROOT / "runs" / "bandit"
 SAMPLES = 1000
@@ -252,12 +254,8 @@ def check(options) -> None:
             kernels.FusedSampler(policy.to(fused_device()))
         except ValueError as e:  # for example, the kernels do not support so many steps
             raise SystemExit(f"--fused cannot be used: {e}") from e
-    try:
-        for folder in (options.out, POLICIES):
-            RunFolder.require_writable(str(folder))
-            folder.mkdir(parents=True, exist_ok=True)
-    except (RunError, OSError) as e:
-        raise SystemExit(str(e)) from e
+    for folder in (options.out, POLICIES):
+        make_folder(folder)
 
 
 def make(options) -> None:
@@ -311,8 +309,10 @@ def make(options) -> None:
     for line in [HEADER, *table(results), *table(named)]:
         first, *others = (text.replace("\n", ", ") for text in line)
         print(f"{first:<27s}", *(f"{text:>18s}" for text in others))
+    print(f"figures in {path}.json, pictures in {path}*.png")
 
 
+@steady_output()
 def main(argv: list[str] | None = None) -> None:
     how = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=how)
@@ -329,7 +329,7 @@ def main(argv: list[str] | None = None) -> None:
     what = "draw the diffusion policies' samples with the fused sampler"
     add("--fused", action="store_true", help=what)
     add("--jobs", type=int, default=cores, help="policies trained side by side, a core each")
-    add("--out", type=Path, default=RESULTS, help="folder of the results")
+    add_results_option(parser, "experiments")
     options = parser.parse_args(argv)
     options.seeds = options.seeds or ([2022] if options.quick else [2022, 2023, 2024])
     check(options)

@@ -12,7 +12,7 @@ trained on generated data where there are any; a run keeps the data that it bega
 its seeds is one process, `python dql.py --env TASK --seeds ...`, whose runs go to runs/d4rl/TASK
 (--out). Call it again with the same options to go on: finished runs stay, interrupted ones are
 resumed. A task that fails leaves failed.json with the reason there; the others go on, and the next
-call tries it again. The table, with the paper's scores, goes to experiments/results/d4rl.md, .csv,
+call tries it again. The table, with the paper's scores, goes to runs/experiments/d4rl.md, .csv,
 .json and .png (--results); d4rl_table.py says how it is made.
 
 On a cluster every node needs requirements.txt installed; this repository's code is sent. --out is
@@ -35,10 +35,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from bench.folders import add_results_option, make_folder
 from dql import RECIPES
 from experiments import d4rl_table
 from experiments.runs import (
-    RESULTS,
     ROOT,
     Job,
     Outcome,
@@ -50,7 +50,9 @@ from experiments.runs import (
     unfinished,
 )
 from trainer.folder import RunError, RunFolder, save_json, saved
+from trainer.interrupts import Stopped, as_exceptions
 from trainer.provenance import commit
+from trainer.terminal import steady_output
 
 PROGRAM = ("dql.py",)
 OURS = "--env --seed --seeds --out --resume --eval --export --which --episodes --render".split()
@@ -58,7 +60,8 @@ GPUS_PER_TASK = 0.25
 LOST_NODES = 5  # that a task may see before it counts as failed
 LOST_SECONDS = 5  # for a worker that has lost its node to end
 ANSWER_SECONDS = 5  # for a cluster's address
-NOT_SENT = [".git", ".venv", "runs", "tests", "results", "*.hdf5", "*.safetensors"]  # to the nodes
+# What the nodes do not need.
+NOT_SENT = [".git", ".venv", "runs", "tests", "results", "*.hdf5", "*.safetensors", "*.whl"]
 
 
 def make_d4rl_job(task: str, seeds: list[int], passed: list[str], out: Path, threads: int) -> Job:
@@ -75,8 +78,10 @@ def record(job: Job, outcome: Outcome) -> None:
             if not (folder / run / name).exists():
                 with saved(folder / run / name) as temporary:
                     temporary.write_text(text)
-    record_failure(job, outcome.failure)
-    if outcome.failure:
+    record_failure(job, None if outcome.interrupted else outcome.failure)
+    if outcome.interrupted:
+        say(f"{job.task}: interrupted; the next call goes on with it")
+    elif outcome.failure:
         say(f"{job.task}: failed: {outcome.failure['reason']}")
     for row in d4rl_table.make_rows({job.task: job.configs}, d4rl_table.collect([job]), {}):
         if row["seeds"]:
@@ -143,10 +148,12 @@ def why_lost(error: Exception) -> str:
 
 
 def train_on_a_node(job: Job) -> Outcome:
-    """A Ray task. A worker that has lost its node kills its children and then ends: what they were
-    doing has not failed, so give the worker time to end before that is said."""
+    """A Ray task. A worker that has lost its node, or whose node is being stopped, ends after its
+    children: what they were doing has not failed, so give the worker time to end before that is
+    said. Ray then goes on elsewhere."""
     outcome = train(job)
-    if outcome.failure and outcome.failure["exit_code"] == -signal.SIGKILL:
+    killed = outcome.failure and outcome.failure["exit_code"] == -signal.SIGKILL
+    if killed or outcome.interrupted:
         time.sleep(LOST_SECONDS)
     return outcome
 
@@ -194,7 +201,7 @@ def read_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--gpus-per-task", type=float, help=f"with --ray; {n_gpus}")
     add("--table", action="store_true", help="train nothing")
     add("--out", type=Path, default=ROOT / "runs" / "d4rl", help="folder of the runs")
-    add("--results", type=Path, default=RESULTS, help="folder of the table")
+    add_results_option(parser, "experiments", "--results")
     split = argv.index("--") if "--" in argv else len(argv)
     options, passed = parser.parse_args(argv[:split]), argv[split + 1 :]
 
@@ -221,16 +228,24 @@ def read_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, passed
 
 
+def say_how_to_go_on(argv: list[str]) -> None:
+    command = f"python -m experiments.d4rl {shlex.join(argv)}"
+    print(f"\ninterrupted; go on with: {command}", file=sys.stderr)
+
+
+@steady_output()
+@as_exceptions()
 def main(argv: list[str] | None = None) -> int:
+    """-> the exit status: 1 if a task failed; when interrupted 128 + the signal"""
     argv = sys.argv[1:] if argv is None else argv
     options, passed = read_arguments(argv)
     out, results = options.out, options.results
     share = 0 if options.jobs == 1 else max(1, os.cpu_count() // options.jobs)
     threads = options.cpus_per_task if options.ray else share
     try:
-        for folder in (out, results):
-            RunFolder.require_writable(str(folder))
-            folder.mkdir(parents=True, exist_ok=True)
+        RunFolder.require_writable(str(out))
+        out.mkdir(parents=True, exist_ok=True)
+        make_folder(results, "--results")
         jobs = [make_d4rl_job(t, options.seeds, passed, out, threads) for t in options.tasks]
         left = [] if options.table else [job for job in map(unfinished, jobs) if job.configs]
         if left and options.ray:
@@ -244,13 +259,15 @@ def main(argv: list[str] | None = None) -> int:
         rows = d4rl_table.write(results, jobs, runs, passed)
     except (RunError, OSError) as e:
         raise SystemExit(str(e)) from e
-    except KeyboardInterrupt:
-        command = f"python -m experiments.d4rl {shlex.join(argv)}"
-        print(f"\ninterrupted; go on with: {command}", file=sys.stderr)
-        return 130
+    except Stopped as e:
+        say_how_to_go_on(argv)
+        return e.status
     failed = sum(row["note"].startswith("failed") for row in rows)
     with_scores = sum(bool(row["seeds"]) for row in rows)
     print(f"{results / 'd4rl.md'}: {with_scores} rows with scores, {failed} failed")
+    if not failed and any(unfinished(job).configs for job in left):  # someone stopped dql.py
+        say_how_to_go_on(argv)
+        return 128 + signal.SIGINT
     return 1 if failed else 0
 
 

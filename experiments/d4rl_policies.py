@@ -1,6 +1,6 @@
 """Do others' policies earn here what they earned on MuJoCo 2.1.0? Their returns beside published.
 
-    python -m experiments.d4rl_policies FOLDER      # 40 episodes each: two minutes of one core
+    python -m experiments.d4rl_policies FOLDER      # 40 episodes each: two minutes of an idle core
 
 FOLDER has these files, or some of them. They are others' (Apache-2.0) and no part of this project:
 
@@ -14,7 +14,7 @@ and log_std. The others have fc0, fc1 and last_fc with ReLU between, last_fc_log
 each a .weight (out, in) and a .bias; an action is the tanh of a normal draw.
 
 The walker and the one of our generated data (tasks/walker.py) walk the umaze by the same planner.
-Writes experiments/results/d4rl_policies.json.
+Writes runs/experiments/d4rl_policies.json.
 """
 
 import argparse
@@ -26,12 +26,13 @@ from typing import NamedTuple
 import numpy as np
 
 import tasks
-from experiments.runs import RESULTS
+from bench.folders import add_results_option, make_folder
 from tasks.antmaze import MazeWorld, at_goal
 from tasks.antmaze_data import Planner
 from tasks.walker import walk
 from trainer.folder import save_json
 from trainer.provenance import describe
+from trainer.terminal import steady_output
 
 Network = dict[str, np.ndarray]
 
@@ -150,12 +151,13 @@ def compare_walkers(folder: Path, n_episodes: int) -> list[dict]:
     return found
 
 
+@steady_output()
 def main(argv: list[str] | None = None) -> None:
     how = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=how)
     parser.add_argument("folder", type=Path, help="with the policies' .npz files")
     parser.add_argument("--episodes", type=int, default=40)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of d4rl_policies.json")
+    add_results_option(parser, "experiments")
     asked = parser.parse_args(argv)
     present = [policy for policy in PUBLISHED if (asked.folder / policy.file).exists()]
     has_walker = (asked.folder / WALKER).exists()
@@ -163,6 +165,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"{asked.folder} has no policy; --help says which files belong there")
     if asked.episodes < 2:
         raise SystemExit("--episodes must be at least 2, for a standard error")
+    make_folder(asked.out)
 
     rows = []
     for policy in present:
@@ -177,8 +180,9 @@ def main(argv: list[str] | None = None) -> None:
     for row in walkers:
         print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
     about = {**describe(), "episodes": asked.episodes, "walks": n_walks}
-    asked.out.mkdir(exist_ok=True)
-    save_json(asked.out / "d4rl_policies.json", {**about, "returns": rows, "walkers": walkers})
+    path = asked.out / "d4rl_policies.json"
+    save_json(path, {**about, "returns": rows, "walkers": walkers})
+    print(f"figures in {path}")
 
 
 if __name__ == "__main__":

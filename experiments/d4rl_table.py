@@ -255,7 +255,7 @@ def write_csv(rows: list[dict], path: Path) -> None:
     """A line for each row and rule."""
     about, figures = ("task", "group", "kind", "data"), ("mean", "std", "low", "high")
     paper = [f"paper_{name}" for name in PUBLISHED_COLUMNS]
-    with saved(path) as temporary, temporary.open("w", newline="") as file:
+    with saved(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         out = csv.writer(file)
         out.writerow([*about, "rule", "seeds", *figures, *paper, "note"])
         for row in rows:
@@ -268,7 +268,7 @@ def write_csv(rows: list[dict], path: Path) -> None:
 def draw(rows: list[dict], origin: dict, path: Path) -> None:
     """A band a row: seeds as points, for each rule the mean and its interval, the published scores
     as diamonds."""
-    figure = Figure(figsize=(10, 1.9 + 0.62 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(8.5, 1.7 + 0.5 * len(rows)), layout="constrained")
     axes = figure.subplots()
     for i, row in enumerate(rows):
         if i % 2:
@@ -293,12 +293,13 @@ def draw(rows: list[dict], origin: dict, path: Path) -> None:
     for tick, row in zip(axes.get_yticklabels(), rows):
         tick.set_color("black" if row["kind"] == "D4RL" else "tab:red" if row["kind"] else "0.6")
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlabel("normalised score: seeds, mean and its 95 % interval")
+    axes.tick_params(axis="x", labelsize=8)
+    axes.set_xlabel("normalised score: seeds, mean and its 95 % interval", fontsize=9)
     axes.grid(axis="x", alpha=0.4)
-    figure.legend(loc="outside upper center", ncols=3, fontsize=8, frameon=False)
+    figure.legend(loc="outside upper center", ncols=3, fontsize=9, frameon=False)
     axes.set_title(f"Diffusion-QL, {origin['date']}; red: not D4RL's data", fontsize=9)
     with saved(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
+        figure.savefig(temporary, format="png", dpi=120)
 
 
 def write(results: Path, jobs: list[Job], runs: list[dict], options: list[str]) -> list[dict]:
@@ -316,7 +317,7 @@ def write(results: Path, jobs: list[Job], runs: list[dict], options: list[str]) 
     content = {**origin, "rows": rows, "aggregates": aggregates, "runs": runs}
     save_json(results / "d4rl.json", content)
     with saved(results / "d4rl.md") as temporary:
-        temporary.write_text(markdown(rows, aggregates, runs, origin))
+        temporary.write_text(markdown(rows, aggregates, runs, origin), encoding="utf-8")
     write_csv(rows, results / "d4rl.csv")
     draw(rows, origin, results / "d4rl.png")
     return rows

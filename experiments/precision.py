@@ -1,12 +1,12 @@
 """Does it learn as well with products in fp16 or tf32? Several seeds at each precision.
 
     python -m experiments.precision             # on a GPU: fused kernels, against eager float32
-    python -m experiments.precision --epochs 7  # on a CPU: plain torch, rounded: 1.5 hours
+    python -m experiments.precision --epochs 7  # on an idle CPU: plain torch, rounded: 1.5 hours
 
 The quick recipe on generated antmaze data. On a CPU the kernels' arithmetic is imitated
 (bench/rounding.py). fp16x3 needs no study: its gradients are as far from float64's as eager
 float32's are (tests/test_gradients.py). Runs are kept in runs/precision. Writes
-experiments/results/precision_DEVICE.json.
+runs/experiments/precision_DEVICE.json.
 """
 
 import argparse
@@ -17,14 +17,17 @@ import numpy as np
 import torch
 
 import dql
+from bench.folders import add_results_option, make_folder
 from bench.rounding import ROUND, imitate
 from bench.timing import device_slug
-from experiments.runs import RESULTS, ROOT, Job, complete, make_job, records
+from experiments.runs import ROOT, Job, complete, make_job, records
 from kernels.eager import has_compiler
 from trainer.folder import save_json
+from trainer.interrupts import as_exceptions
 from trainer.options import Options
 from trainer.provenance import describe
 from trainer.scores import mean_and_std
+from trainer.terminal import steady_output
 
 ENV = "antmaze-umaze-v0"
 IMITATE = "--imitate"
@@ -57,6 +60,8 @@ def figures_of(run: Path) -> dict:
     }
 
 
+@steady_output()
+@as_exceptions()
 def main(argv: list[str] | None = None) -> None:
     how = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=how)
@@ -65,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--epochs", type=int, default=15, help="of the quick recipe")
     add("--threads", type=int, default=1)
-    add("--out", type=Path, default=RESULTS, help="folder of the results")
+    add_results_option(parser, "experiments")
     add("--runs", type=Path, default=ROOT / "runs" / "precision")
     asked = parser.parse_args(argv)
     on_gpu = torch.cuda.is_available()
@@ -75,6 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     precisions = asked.precisions or (known if on_gpu else known[:2])
     if not set(precisions) <= set(known):
         raise SystemExit(f"--precisions here are {', '.join(known)}")
+    make_folder(asked.out)
 
     each = [{"precision": p, "seed": seed} for p in precisions for seed in asked.seeds]
     runs = complete([make_precision_job(**one, asked=asked, on_gpu=on_gpu) for one in each])
@@ -93,6 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     about = {**where, "env": ENV, "how": how, "updates": updates}
     path = asked.out / f"precision_{device_slug(where)}.json"
     save_json(path, {**about, "figures": figures})
+    print(f"figures in {path}")
 
 
 if __name__ == "__main__":

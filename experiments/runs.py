@@ -23,12 +23,16 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
+from trainer import interrupts
+
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = Path(__file__).parent / "results"
 # A run that differs in these is the same run: dql.py --resume lets them change.
 FREE = ("out", "threads", "backend")
 KEPT = ("config.json", "log.jsonl", "selection.json")  # in the order in which they are written
 STOP_SECONDS = 20  # for dql.py to end by itself after an interrupt
+STOPS = [getattr(signal, name) for name in interrupts.NAMES if hasattr(signal, name)]
+# dql.py's exit status when one of these stopped it: it saved its runs first, or had not begun.
+INTERRUPTED = [128 + number for number in STOPS] + [-number for number in STOPS]
 
 # If dql.py outlived a killed worker, it would write into a run that another node continues.
 DIE_WITH_PARENT = """
@@ -55,6 +59,11 @@ class Job(NamedTuple):
 class Outcome(NamedTuple):
     failure: dict | None  # {"reason": one line, "exit_code": dql.py's; None if it was not called}
     runs: dict[str, dict[str, str]]  # name of a finished run's folder -> its KEPT files' text
+
+    @property
+    def interrupted(self) -> bool:
+        """The job was stopped from outside, and the next call goes on with it."""
+        return self.failure is not None and self.failure["exit_code"] in INTERRUPTED
 
 
 def make_job(task: str, seeds: list[int], options: list[str], folder: Path, **more) -> Job:
@@ -165,6 +174,8 @@ def reason(output: str, exit_code: int) -> str:
     lines = [line.strip() for line in output.replace("\r", "\n").splitlines() if line.strip()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     memory = [line for line in lines if "out of memory" in line.lower()]
+    if exit_code in INTERRUPTED:
+        return "interrupted"
     if exit_code < 0 and not errors:
         guess = " (out of memory?)" if exit_code == -signal.SIGKILL else ""
         return f"killed by signal {-exit_code}{guess}"
@@ -200,7 +211,8 @@ async def call(words: list[str], output: Path) -> int:
 
 
 async def train_async(job: Job) -> Outcome:
-    """Do what is left to do of a job. A call that fails does not stop the next."""
+    """Do what is left to do of a job. After a call that fails comes the next one, after an
+    interrupted one none."""
     folder, failure = Path(job.folder), None
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -211,6 +223,8 @@ async def train_async(job: Job) -> Outcome:
             if exit_code:
                 printed = output.read_bytes()[before:].decode(errors="replace")
                 failure = {"reason": reason(printed, exit_code), "exit_code": exit_code}
+            if exit_code in INTERRUPTED:
+                break
     except OSError as e:
         why = f"cannot write {folder}: {e.strerror or e}; choose another --out"
         failure = {"reason": why, "exit_code": None}
@@ -245,15 +259,22 @@ def train_here(jobs: list[Job], at_once: int, done: Callable) -> None:
 def complete(jobs: list[Job], at_once: int = 1) -> list[Path]:
     """Train what has no finished run here -> the folders of all runs, job by job.
 
-    Raises SystemExit, with one line, if a job fails; the others are trained first.
+    Raises SystemExit, with one line, if a job fails or is interrupted; the others are trained
+    first. A signal interrupts all of them; the same call goes on.
     """
     failures = []
 
     def done(job, outcome):
-        if outcome.failure:
+        if outcome.interrupted:
+            failures.append(f"{job.name} was interrupted: the same command goes on with it")
+        elif outcome.failure:
             failures.append(f"{job.name} failed: {outcome.failure['reason']}")
 
-    train_here([job for job in jobs if unfinished(job).configs], at_once, done)
+    try:
+        train_here([job for job in jobs if unfinished(job).configs], at_once, done)
+    except interrupts.Stopped as e:
+        print("\ninterrupted; the same command goes on", file=sys.stderr)
+        raise SystemExit(e.status) from None
     if failures:
         raise SystemExit(failures[0])
     return [run for job in jobs for run in finished_runs(job).values()]

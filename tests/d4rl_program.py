@@ -2,7 +2,8 @@
 
 It trains nothing. Reads program.json in its own folder: "configs" (task -> seed -> config),
 "seconds" to take, and "broken": task -> what to print before it exits with 1, or a number, the
-signal to die of. Appends to calls.jsonl there what it was called with.
+signal to die of, or from 128 on the exit status of what was interrupted. Appends to calls.jsonl
+there what it was called with, and makes stopped-PID when it hears of a Ctrl-C.
 """
 
 import json
@@ -65,16 +66,22 @@ def main() -> int:
     with (HERE / "calls.jsonl").open("a") as file:
         file.write(json.dumps(call) + "\n")
     broken = asked["broken"].get(task)
-    if isinstance(broken, int):
+    if isinstance(broken, int) and broken < 128:
         os.kill(os.getpid(), broken)
-    if broken:
+    if isinstance(broken, str):
         print(broken, file=sys.stderr)
         return 1
     runs = resumed
     if not resumed:
         configs, folder = asked["configs"][task], Path(values("--out")[0])
         runs = [begin(folder, configs[seed]) for seed in values("--seeds")]
-    time.sleep(asked["seconds"])
+    if broken:
+        return broken
+    try:
+        time.sleep(asked["seconds"])
+    except KeyboardInterrupt:
+        (HERE / f"stopped-{os.getpid()}").touch()
+        return 130
     for run in runs:
         finish(run)
     return 0

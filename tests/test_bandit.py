@@ -17,7 +17,6 @@ from experiments.bandit import Recipe
 from experiments.bandit_data import draw_actions, figures, shares, transitions
 from experiments.bandit_pictures import CRITICS_FIRST
 from experiments.bandit_policies import CLIMBING, CLONING, DIFFUSION, METHODS, train
-from experiments.runs import RESULTS
 from trainer.folder import load_tensors
 
 TRANSITIONS = transitions()
@@ -70,7 +69,7 @@ def test_the_baselines_with_q_miss_the_best_corner(name):
 @pytest.fixture(scope="module")
 def full():
     """The committed runs of the full recipe: name -> one for each seed."""
-    path, wanted = RESULTS / "bandit.json", {"data", *METHODS, CRITICS_FIRST}
+    path, wanted = ROOT / "experiments/results/bandit.json", {"data", *METHODS, CRITICS_FIRST}
     results = json.loads(path.read_text()) if path.exists() else {}
     if not results or results["quick"] or set(results["methods"]) != wanted:
         pytest.skip("the full recipe's results are not there")
@@ -136,6 +135,8 @@ def test_the_command_goes_on_where_it_was_interrupted(small, tmp_path, monkeypat
     assert written["steps"]["3"] == written["methods"]["BC-Diffusion"]
     printed = capsys.readouterr().out
     assert "18 of 18 policies" in printed and all(name in printed for name in METHODS)
+    where = tmp_path / "out/bandit_quick"
+    assert printed.splitlines()[-1] == f"figures in {where}.json, pictures in {where}*.png"
 
     policies = sorted((tmp_path / "policies").iterdir())
     assert len(policies) == 18

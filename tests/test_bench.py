@@ -100,7 +100,7 @@ def measured(calls, *_):
 
 
 @pytest.mark.parametrize("bench", [training, sampling, acting])
-def test_figures_are_written_whole_and_appended(tmp_path, monkeypatch, bench):
+def test_figures_are_written_whole_and_appended(tmp_path, monkeypatch, capsys, bench):
     file = bench.__name__.split(".")[1]
     monkeypatch.setattr(timing, "measure", measured)
     monkeypatch.setattr(training, "BATCH", 8)
@@ -109,7 +109,9 @@ def test_figures_are_written_whole_and_appended(tmp_path, monkeypatch, bench):
         monkeypatch.setattr(module, "peaks", lambda device: {"fp32 TFLOP/s": 0.1})
     for _ in range(2):
         assert bench.main(["--quick", "--threads", "1", "--out", str(tmp_path)]) == 0
-    written = json.loads((tmp_path / f"{file}_cpu.json").read_text())
+    path = tmp_path / f"{file}_cpu.json"
+    written = json.loads(path.read_text())
+    assert capsys.readouterr().out.endswith(f"4 figures in {path}\n")
     assert {"cpu", "torch", "numpy", "python", "commit", "date", "figures"} <= written.keys()
     assert written["finished"] and written["failures"] == []
     assert [round(f["ratio"], 2) for f in written["figures"]] == [1.0, 0.67] * 2
@@ -264,11 +266,12 @@ def test_a_full_run_records_how_long_it_took(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loop, "train", lambda config: asked.append(config) or [Run()])
     where = ["--out", str(tmp_path), "--runs", str(tmp_path / "runs")]
     training.main(["--full-run", "--precision", "tf32", *where])
-    written = json.loads(next(tmp_path.glob("full_run_*.json")).read_text())
+    (path,) = tmp_path.glob("full_run_*.json")
+    written = json.loads(path.read_text())
     times = {"updating_s": 6.0, "evaluating_s": 4.0, "updates": 3000}
     assert times.items() <= written.items()
     assert (asked[0].precision, asked[0].data, asked[0].epochs) == ("tf32", "generated", 1000)
-    assert "41.0" in capsys.readouterr().out
+    assert f"last score 41.0, in {path}" in capsys.readouterr().out
 
 
 @pytest.mark.gpu
@@ -311,12 +314,14 @@ def test_stepping_is_measured_for_each_way_and_written(tmp_path, monkeypatch, ca
     monkeypatch.setattr(evaluation, "LIMIT", 2)
     monkeypatch.setattr(evaluation, "FEW", 2)
     little = ["--tasks", "hopper-medium-v2", "--threads", "1", "--rounds", "1"]
-    evaluation.main([*little, "--out", str(tmp_path)])
-    found = json.loads((tmp_path / "evaluation.json").read_text())
+    path = tmp_path / "new" / "evaluation.json"
+    evaluation.main([*little, "--out", str(path.parent)])
+    found = json.loads(path.read_text())
     rates = found["steps_per_second"]["hopper-medium-v2"]
     assert list(rates) == ["10 episodes", "2 episodes", "SyncVectorEnv, 2", "AsyncVectorEnv, 2"]
     assert min(rates.values()) > 0 and found["threads"] == 1
-    assert "hopper-medium-v2" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "hopper-medium-v2" in printed and f"figures of 1 tasks in {path}" in printed
 
 
 @pytest.mark.parametrize("bad", [["--tasks", "hopper-v2"], ["--rounds", "0"], ["--threads", "-1"]])

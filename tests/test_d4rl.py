@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import threading
+import time
 
 import pytest
 from d4rl_runs import LARGE, MEDIUM, UMAZE, alive, wait_for
@@ -58,25 +59,57 @@ def interruptible():
     signal.signal(signal.SIGINT, before)
 
 
-def test_ctrl_c_stops_the_children(d4rl_command, capsys, interruptible):
-    """And says how to go on."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_children(d4rl_command, capsys, interruptible, number):
+    """They can save what they have done; and a line says how to go on."""
     d4rl_command.seconds = 60
 
     def interrupt():
-        wait_for(lambda: len(d4rl_command.calls()) == 2)
-        os.kill(os.getpid(), signal.SIGINT)
+        wait_for(lambda: len(list(d4rl_command.out.glob("*/*/resume.safetensors"))) == 4)
+        time.sleep(0.5)  # for them to go to sleep
+        os.kill(os.getpid(), number)
 
     thread = threading.Thread(target=interrupt)
     thread.start()
-    assert d4rl_command("--jobs", "2", tasks=(UMAZE, MEDIUM, LARGE)) == 130
+    assert d4rl_command("--jobs", "2", tasks=(UMAZE, MEDIUM, LARGE)) == 128 + number
     thread.join()
     calls = d4rl_command.calls()
     assert len(calls) == 2 and not any(alive(call["pid"]) for call in calls)
+    assert all((d4rl_command.folder / f"stopped-{call['pid']}").exists() for call in calls)
     command = f"python -m experiments.d4rl --jobs 2 --tasks {UMAZE}"
     assert f"go on with: {command}" in capsys.readouterr().err
     assert not list(d4rl_command.out.rglob("failed.json"))
     d4rl_command.seconds = 0
     assert d4rl_command(tasks=(UMAZE, MEDIUM, LARGE)) == 0
+
+
+@pytest.mark.parametrize("status", [129, 130, 143, int(signal.SIGTERM)])
+def test_what_was_interrupted_has_not_failed(d4rl_command, capsys, status):
+    """By exit status, or by the signal itself, which it dies of where it has not begun."""
+    d4rl_command.broken = {UMAZE: "error: eta became nan"}
+    d4rl_command()
+    d4rl_command.broken = {UMAZE: status}
+    assert d4rl_command(tasks=(UMAZE, MEDIUM)) == 130
+    assert not list(d4rl_command.out.rglob("failed.json"))
+    rows = d4rl_command.table()["rows"]
+    assert [row["note"] for row in rows] == ["0 of 2 seeds finished", ""]
+    printed = capsys.readouterr()
+    assert f"{UMAZE}: interrupted; the next call goes on with it" in printed.out
+    assert "go on with: python -m experiments.d4rl" in printed.err
+    d4rl_command.broken = {}
+    assert d4rl_command(tasks=(UMAZE, MEDIUM)) == 0
+    resumed = d4rl_command.calls()[-1]["arguments"][0] == "--resume"
+    assert resumed == (status >= 128)  # else it had begun nothing
+
+
+def test_after_an_interrupt_nothing_is_begun(d4rl_command):
+    """Its seeds that are not there yet would have been the next call."""
+    d4rl_command(seeds=(0,))
+    d4rl_command.interrupt(0, 50)
+    d4rl_command.broken = {UMAZE: 143}
+    assert d4rl_command(seeds=(0, 1)) == 130 and len(d4rl_command.calls()) == 2
+    d4rl_command.broken = {}
+    assert d4rl_command(seeds=(0, 1)) == 0 and len(d4rl_command.calls()) == 4
 
 
 def test_what_a_node_sends_back_is_enough_for_the_table(d4rl_command):

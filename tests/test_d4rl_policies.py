@@ -53,6 +53,7 @@ def test_returns_and_walkers_are_written_and_printed(tmp_path, monkeypatch, caps
     assert found["commit"] is not None and found["mujoco"]
     printed = capsys.readouterr().out
     assert "1291 ± 86" in printed and "3233 ± 121" in printed
+    assert printed.endswith(f"figures in {tmp_path / 'results' / 'd4rl_policies.json'}\n")
 
 
 def test_actions_are_drawn_from_each_networks_distribution():

@@ -8,12 +8,13 @@ import socket
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from d4rl_runs import UMAZE, alive, wait_for
 
 from experiments import d4rl
-from experiments.runs import Outcome
+from experiments.runs import Outcome, train
 
 TASKS = [task for task in d4rl.RECIPES if task.startswith("antmaze")]
 INSTALL = "ray is not installed: pip install -r requirements-cluster.txt"
@@ -89,6 +90,52 @@ def test_no_task_is_lost_when_a_node_is_killed(cluster, d4rl_command, capsys):
     assert [row["seeds"] for row in d4rl_command.table()["rows"]] == [[0, 1]] * len(TASKS)
 
 
+class HeadDies:
+    """Stands in for ray: the head dies after the first task, whose outcome has come back."""
+
+    def __init__(self, exceptions):
+        self.exceptions, self.jobs, self.lost = exceptions, [], False
+
+    def nodes(self):
+        return [{"Alive": True, "Resources": {"CPU": 1.0}}]
+
+    def remote(self, **_):
+        return lambda function: SimpleNamespace(remote=self.begin)
+
+    def begin(self, job):
+        self.jobs.append(job)
+        return len(self.jobs) - 1
+
+    def wait(self, waiting):
+        return waiting[:1], waiting[1:]
+
+    def get(self, task):
+        if self.lost:
+            raise self.exceptions.NodeDiedError("the head is gone")
+        self.lost = True
+        return train(self.jobs[task])
+
+    def shutdown(self):
+        pass
+
+
+def test_when_the_head_dies_what_is_done_stays(d4rl_command, monkeypatch):
+    """The rest is marked as failed, and made by the next call."""
+    exceptions = pytest.importorskip("ray.exceptions", reason=INSTALL)
+    head = HeadDies(exceptions)
+    monkeypatch.setattr(d4rl, "connect", lambda address: head)
+    assert d4rl_command("--ray", "HEAD:6379", tasks=TASKS) == 1
+    first, *others = d4rl_command.table()["rows"]
+    assert (first["seeds"], first["note"]) == ([0, 1], "")
+    for row in others:
+        assert row["seeds"] == [] and row["note"].startswith("failed: NodeDiedError")
+    failed = sorted(path.parent.name for path in d4rl_command.out.glob("*/failed.json"))
+    assert failed == sorted(TASKS[1:])
+    assert d4rl_command(tasks=TASKS) == 0
+    assert [call["task"] for call in d4rl_command.calls()] == TASKS
+    assert [row["note"] for row in d4rl_command.table()["rows"]] == [""] * len(TASKS)
+
+
 def test_an_address_that_does_not_answer_is_refused_in_a_line(d4rl_command):
     pytest.importorskip("ray", reason=INSTALL)
     with socket.socket() as unused:
@@ -113,7 +160,7 @@ def test_a_task_that_ray_gives_up_has_a_reason_of_one_line():
     assert d4rl.why_lost(failed) == f"RayTaskError: {last}"
 
 
-@pytest.mark.parametrize("exit_code, waits", [(-signal.SIGKILL, True), (1, False)])
+@pytest.mark.parametrize("exit_code, waits", [(-signal.SIGKILL, True), (143, True), (1, False)])
 def test_a_kill_is_reported_only_by_a_worker_that_lives_on(exit_code, waits, monkeypatch):
     """A worker that lost its node kills its children and ends: the task then goes on elsewhere."""
     outcome, slept = Outcome({"reason": "why", "exit_code": exit_code}, {}), []

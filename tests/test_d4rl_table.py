@@ -1,11 +1,15 @@
 """experiments/d4rl_table.py: the table's rows, intervals and means over tasks."""
 
+import json
 import math
 
 import numpy as np
 import pytest
+from conftest import ROOT
+from legible import assert_legible
 
 import dql
+from experiments import d4rl_table
 from experiments.d4rl_table import (
     PUBLISHED,
     described,
@@ -109,3 +113,9 @@ def test_a_task_without_a_finished_run_is_a_row_that_says_why():
     rows = make_rows(seeds, [made(LARGE, 0, 3.0)], {UMAZE: "no memory"})
     notes = ["failed: no memory", "0 of 3 seeds finished", "1 of 3 seeds finished"]
     assert [r["note"] for r in rows] == notes
+
+
+def test_the_picture_can_be_read(tmp_path, monkeypatch):
+    committed = json.loads((ROOT / "experiments/results/d4rl.json").read_text())
+    path, picture = tmp_path / "drawn.png", (committed["rows"], committed)
+    assert_legible(lambda: d4rl_table.draw(*picture, path), path, monkeypatch)

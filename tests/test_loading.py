@@ -33,10 +33,12 @@ def test_the_file_that_is_loaded_has_d4rls_layout(tmp_path):
     np.testing.assert_array_equal(data.observations, observations[:-1][~cut[:-1]])
 
 
-def test_the_figures_are_saved_with_the_machine(tmp_path, monkeypatch):
+def test_the_figures_are_saved_with_the_machine(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loading, "TASKS", ("antmaze-umaze-v0",))
-    loading.main(["--rows", "3000", "--repeats", "1", "--out", str(tmp_path)])
-    saved = json.loads((tmp_path / "loading.json").read_text())
+    path = tmp_path / "new" / "loading.json"
+    loading.main(["--rows", "3000", "--repeats", "1", "--out", str(path.parent)])
+    assert capsys.readouterr().out.endswith(f"2 figures in {path}\n")
+    saved = json.loads(path.read_text())
     measured = [(one["compression"], one["rows"]) for one in saved["figures"]]
     assert measured == [("none", 3000), ("gzip", 3000)]
     assert all(one["seconds"] > 0 and one["peak MiB"] > 0 for one in saved["figures"])

@@ -12,8 +12,6 @@ import sys
 import pytest
 from conftest import ROOT
 
-from bench.timing import RESULTS
-
 pytest.importorskip("triton", reason="triton has no package for this platform")
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that one block can have
@@ -130,13 +128,13 @@ for arch in ARCHITECTURES:
 
 def test_the_committed_figures_are_of_every_shipped_kernel():
     """And in them each kernel fits its chip."""
-    known = by_case(json.loads((RESULTS / "offline.json").read_text())["cases"])
+    known = by_case(json.loads((ROOT / "bench/results/offline.json").read_text())["cases"])
     tiles = {(arch, name): tile for arch, name, tile in uninterpreted("-c", TODAYS_TILES)}
     assert known.keys() == tiles.keys()
     for (arch, name), found in known.items():
         which = f"{name} on sm_{arch}"
         same_tile = found["tile"] == tiles[arch, name]
-        assert same_tile, f"{which} has another tile: run bench.offline again"
+        assert same_tile, f"{which} has another tile: run bench.offline --out bench/results"
         assert found["shared"] <= SHARED[arch], which
         undefined = found["undefined"]
         assert undefined == 0, f"{which} gives its assembly registers that hold nothing"

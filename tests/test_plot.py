@@ -1,16 +1,21 @@
 """bench/plot.py: every device that was measured gets its pictures."""
 
 import json
+import shutil
 
 import pytest
+from conftest import ROOT
+from legible import assert_legible
 
 from bench import plot
+
+WORDS = "$5^ of words$"  # where TeX would see an error
 
 
 def write_figures(folder, device):
     """As bench.sampling, bench.acting and bench.training write them, fused on a GPU alone."""
     on_gpu = device != "cpu"
-    where = dict(gpu=device if on_gpu else None, cpu="a CPU", torch="2.13.0", date="2026-01-01")
+    where = dict(gpu=device if on_gpu else None, cpu=WORDS, torch="2.13.0", date="2026-01-01")
     where["commit"] = "abcdef0"
     names = ["eager", "compile"] + ["eager, graph", "fused fp16", "fused fp16, graph"] * on_gpu
     sampled = [
@@ -40,6 +45,17 @@ def test_every_measured_device_gets_its_pictures(tmp_path, capsys):
     assert capsys.readouterr().out.split() == [str(tmp_path / name) for name in names]
     assert {path.name for path in tmp_path.glob("*.png")} == set(names)
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("device", ["cpu", "h100"])
+@pytest.mark.parametrize("what", ["training", "sampling"])
+def test_pictures_can_be_read(what, device, tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "bench/results", tmp_path, dirs_exist_ok=True)
+    draw = getattr(plot, f"draw_{what}")
+    names = ("sampling", "acting") if what == "sampling" else ("training",)
+    measured = [json.loads((tmp_path / f"{name}_{device}.json").read_text()) for name in names]
+    path = tmp_path / "drawn.png"
+    assert_legible(lambda: draw(*measured, path), path, monkeypatch)
 
 
 def test_a_device_that_was_not_measured_is_refused(tmp_path):

@@ -8,6 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 from d4rl_runs import LARGE, MEDIUM, UMAZE, alive, wait_for
+from legible import assert_legible
 
 from experiments import learning_curves, precision
 from experiments.runs import complete, finished_runs, make_job, reason
@@ -61,7 +62,9 @@ FAILURES = [
     ("Traceback\nX: CUDA out of memory.\n 5%|\r 6%|", 1, "X: CUDA out of memory."),
     ("Traceback (most recent call last):\nKeyError: 'x'\n", 1, "KeyError: 'x'"),
     ("update 3", -9, "killed by signal 9 (out of memory?)"),
-    ("update 3", -15, "killed by signal 15"),
+    ("update 3", -11, "killed by signal 11"),
+    ("update 3", -15, "interrupted"),
+    ("interrupted; go on with: python dql.py --resume x", 143, "interrupted"),
     ("", 3, "exit status 3"),
 ]
 
@@ -99,12 +102,17 @@ def test_missing_runs_are_made_or_a_line_says_why(d4rl_command):
     with pytest.raises(SystemExit, match=f"^{MEDIUM} failed: eta became nan$"):
         complete(jobs)
     assert list(finished_runs(jobs[0])) == [3, 4]
+    d4rl_command.broken = {MEDIUM: 143}
+    d4rl_command.ask({job.task: job.configs for job in jobs})
+    with pytest.raises(SystemExit, match=f"^{MEDIUM} was interrupted: the same command goes on"):
+        complete(jobs)
     d4rl_command.broken = {}
     d4rl_command.ask({job.task: job.configs for job in jobs})
     paths = complete(jobs, at_once=2)
     assert [path.parent.name for path in paths] == [UMAZE] * 2 + [MEDIUM] * 2 + [LARGE] * 2
-    assert len(d4rl_command.calls()) == 5 and complete(jobs) == paths
-    assert len(d4rl_command.calls()) == 5
+    made = [call["task"] for call in d4rl_command.calls()]
+    assert made == [UMAZE, MEDIUM, LARGE] + [MEDIUM, LARGE] + [MEDIUM]
+    assert complete(jobs) == paths and len(d4rl_command.calls()) == len(made)
 
 
 def test_options_that_dql_refuses_are_refused_in_a_line(tmp_path):
@@ -133,23 +141,32 @@ def tiny(tmp_path, monkeypatch, data):
 
     for module in (learning_curves, precision):
         monkeypatch.setattr(module, "make_job", make_tiny_job)
-    monkeypatch.setattr(learning_curves, "RESULTS", tmp_path)
     return data
 
 
-def test_learning_curves_are_trained_once_and_drawn(tiny, tmp_path, capsys):
+def test_learning_curves_are_trained_once_and_drawn(tiny, tmp_path, monkeypatch, capsys):
     options = ["--data", tiny, "--seeds", "3", "--algos", "bc", "ql", "--jobs", "2"]
-    options += ["--threads", "1", "--backend", "eager", "--out", str(tmp_path / "runs")]
+    options += ["--threads", "1", "--backend", "eager"]
+    options += ["--out", str(tmp_path / "runs"), "--results", str(tmp_path)]
     learning_curves.main(options)
     written = json.loads((tmp_path / "learning_curves.json").read_text())
     made = [(run["algo"], run["seed"], len(run["evaluations"])) for run in written["runs"]]
     assert made == [("bc", 3, 1), ("ql", 3, 1)]
     assert written["summary"]["ql"]["seeds"] == [3]
     assert written["summary"]["bc"]["last"].keys() == {"scores", "mean", "std"}
-    assert (tmp_path / "learning_curves.png").stat().st_size > 10_000
+    path = tmp_path / "learning_curves"
+    printed = capsys.readouterr().out
+    assert "begins" in printed
+    assert printed.endswith(f"figures in {path}.json, curves in {path}.png\n")
+    folders = [next((tmp_path / "runs").glob(f"*-{run['algo']}-*/")) for run in written["runs"]]
+    for run in written["runs"]:
+        run["data"]["label"] = "file $x^.hdf5 (task antmaze-umaze-v0)"  # where TeX sees an error
+    picture = written["runs"], folders, UMAZE, path.with_suffix(".png")
+    assert_legible(lambda: learning_curves.draw(*picture), picture[-1], monkeypatch)
     before = sorted((tmp_path / "runs").iterdir())
     learning_curves.main(options)
-    assert sorted((tmp_path / "runs").iterdir()) == before and "begins" in capsys.readouterr().out
+    assert sorted((tmp_path / "runs").iterdir()) == before
+    assert "begins" not in capsys.readouterr().out
 
 
 def test_precisions_are_compared_with_plain_torch(tiny, tmp_path, monkeypatch, capsys):
@@ -162,4 +179,4 @@ def test_precisions_are_compared_with_plain_torch(tiny, tmp_path, monkeypatch, c
     assert [f["precision"] for f in figures] == ["fp32", "fp16"]
     plain, rounded = (f["bc_loss"] for f in figures)
     assert plain != rounded and plain == pytest.approx(rounded, rel=1e-2)
-    assert "fp16" in capsys.readouterr().out
+    assert f"figures in {tmp_path / 'precision_cpu.json'}" in capsys.readouterr().out
