@@ -1,9 +1,8 @@
 """D4RL's own files: their folder on disk, and downloads from D4RL's host or a mirror."""
 
-import contextlib
-import errno
 import http.client
 import os
+import re
 import socket
 import urllib.error
 import urllib.request
@@ -13,7 +12,9 @@ from pathlib import Path
 import h5py
 from tqdm import tqdm
 
-from .task import TaskError, one_line
+from atomic import written_whole
+
+from .task import NO_SPACE, TaskError, expanded, one_line, system_reason
 
 # D4RL's host is down at times. The mirror has the same base names, but no folders.
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
@@ -23,7 +24,7 @@ BLOCK = 1 << 20  # bytes read from the network at a time
 
 
 class DownloadError(TaskError):
-    """D4RL's file could not be downloaded. `short` is the reason in a few words."""
+    """D4RL's file could not be downloaded. `short` says so without advice."""
 
     def __init__(self, message: str, short: str):
         super().__init__(message)
@@ -31,8 +32,15 @@ class DownloadError(TaskError):
 
 
 def d4rl_folder() -> Path:
-    """Where D4RL keeps its files: $D4RL_DATASET_DIR, else ~/.d4rl/datasets, as in D4RL itself."""
-    return Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
+    """Where D4RL keeps its files: $D4RL_DATASET_DIR, else ~/.d4rl/datasets, as in D4RL itself.
+
+    Raises DownloadError where there is no home directory.
+    """
+    folder = os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets"
+    try:
+        return expanded(folder, "set D4RL_DATASET_DIR to a folder for D4RL's files")
+    except TaskError as error:
+        raise DownloadError(str(error), "no folder for D4RL's file, no home directory") from error
 
 
 def base_name(task) -> str:
@@ -43,42 +51,41 @@ def base_name(task) -> str:
 def fetch(task) -> str:
     """Download D4RL's file into d4rl_folder(). -> the URL it came from
 
-    The file gets its name once it is as long as the server said and opens as HDF5. Until then it is
-    called <name>.part-<pid>, in the same folder, and that one is always removed. Raises
-    DownloadError if no URL gives the file or the folder is not writable, TaskError if the disk
-    fails or is full.
+    The file gets its name once it is as long as the server said and opens as HDF5. Until then it
+    has a name of its own in the same folder (atomic.py). Raises DownloadError if no URL gives the
+    file or the folder is not writable, TaskError if the disk fails or is full.
     """
     folder, name = d4rl_folder(), base_name(task)
-    part = folder / f"{name}.part-{os.getpid()}"
+    shown = one_line(folder)
     instead = "go on with a file of yours (--data PATH)"
     if task.can_generate:
         instead += " or with --data generated"
+    part, failures = None, {}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        part.touch()  # check that the folder is writable before using the network
-    except OSError as error:
-        what = f"cannot write to {folder} ({error.strerror})"
-        message = f"{what}: set D4RL_DATASET_DIR elsewhere, or {instead}"
-        raise DownloadError(message, f"folder not writable: {error.strerror}") from error
-    failures = {}
-    try:
-        for url in (D4RL_URL + task.dataset_file, MIRROR_URL + name):
-            try:
-                _fetch_one(url, part, name)
-                os.replace(part, folder / name)
-                return url
-            except _NoAnswer as failure:
-                failures[url] = str(failure)
+        with written_whole(folder / name) as part:  # fails now in a folder that is not writable
+            for url in (D4RL_URL + task.dataset_file, MIRROR_URL + name):
+                try:
+                    _fetch_one(url, part, name)
+                    return url
+                except _NoAnswer as failure:
+                    failures[url] = str(failure)
+            raise _NoAnswer
+    except _NoAnswer:
+        each = "; ".join(f"{url}: {why}" for url, why in failures.items())
+        why = ", ".join(dict.fromkeys(failures.values()))
+        short = f"no D4RL file in {shown}, download failed ({why})"
+        raise DownloadError(f"cannot download {name} ({each}); {instead}", short) from None
     except OSError as error:  # of the disk: network errors were turned into _NoAnswer
-        todo = "free some space" if error.errno == errno.ENOSPC else "look at the disk"
-        what = f"cannot save {name} in {folder} ({error.strerror})"
+        why = system_reason(error)
+        if part is None:
+            what = f"cannot write to {shown} ({why})"
+            short = f"no D4RL file in {shown}, folder not writable ({why})"
+            todo = f"set D4RL_DATASET_DIR elsewhere, or {instead}"
+            raise DownloadError(f"{what}: {todo}", short) from error
+        todo = "free some space" if error.errno in NO_SPACE else "look at the disk"
+        what = f"cannot save {name} in {shown} ({why})"
         raise TaskError(f"{what}: {todo} or set D4RL_DATASET_DIR") from error
-    finally:
-        with contextlib.suppress(OSError):  # a failing clean-up must not hide the first error
-            part.unlink(missing_ok=True)
-    each = "; ".join(f"{url}: {why}" for url, why in failures.items())
-    short = ", ".join(dict.fromkeys(failures.values()))
-    raise DownloadError(f"cannot download {name} ({each}); {instead}", short)
 
 
 class _NoAnswer(Exception):
@@ -92,10 +99,10 @@ def _fetch_one(url: str, part: Path, name: str) -> None:
     """
     try:
         response = urllib.request.urlopen(url, timeout=TIMEOUT)
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a bad address
         raise _NoAnswer(_reason(error)) from error
     length = response.headers.get("Content-Length", "")
-    total = int(length) if length.isdigit() else None
+    total = int(length) if re.fullmatch("[0-9]{1,18}", length) else None
     bar = tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=name, leave=False)
     with response, bar, open(part, "wb") as file:
         for block in _blocks(response, total):
@@ -105,6 +112,8 @@ def _fetch_one(url: str, part: Path, name: str) -> None:
     try:
         h5py.File(part, "r").close()
     except OSError as error:
+        if error.errno:  # the disk's
+            raise
         raise _NoAnswer("what came is not a whole HDF5 file") from error
 
 

@@ -11,35 +11,54 @@ several parts there. Joined in D4RL's order, an ant's would have D4RL's 29 numbe
 would be relative to the middle of the maze, not to where D4RL's ant starts.
 """
 
+import os
 import warnings
+from collections.abc import Callable
 
+import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from .task import TaskError, finite, in_box, one_line
+from .hdf5 import opened
+from .task import TaskError, expanded, finite, in_box, one_line, summary
+
+# What Minari and the libraries below it raise for data sets that are not as they should be.
+ERRORS = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    AssertionError,
+    NotImplementedError,
+    gymnasium.error.Error,
+)
 
 
-def read(name: str, task) -> dict[str, np.ndarray]:
+def read(name: str, task, *, log: Callable[[str], None] = print) -> dict[str, np.ndarray]:
     """The arrays of a tasks.Dataset from the local Minari data set `name`.
 
     Each of an episode's T steps is a transition, the last one too: an episode has T+1 observations.
-    done is Minari's termination; a truncation is not terminal. Raises TaskError if Minari or the
-    data set is missing, if observations or actions are not the task's, if values are not finite,
-    and if actions lie outside [-1, 1].
+    done is Minari's termination; a truncation is not terminal. A summary goes to log. Raises
+    TaskError if Minari or the data set is missing, if its environment, observations or actions are
+    not the task's, if values are not finite, and if actions lie outside [-1, 1].
     """
-    where = f"Minari's {name}"
-    data = _opened(name)
+    where = f"Minari's {one_line(name)}"
+    data = _opened(name, where)
     _check_spaces(data, where, task)
-    n = data.total_steps
-    arrays = {
-        "observations": np.empty((n, task.state_dim), np.float32),
-        "actions": np.empty((n, task.action_dim), np.float32),
-        "next_observations": np.empty((n, task.state_dim), np.float32),
-        "rewards": np.empty(n, np.float32),
-        "terminals": np.empty(n, bool),
-    }
-    start = 0
+    _check_environment(data, where, task)
+    _check_file(data)
+    start, returns = 0, []
     try:
+        n = data.total_steps
+        arrays = {
+            "observations": np.empty((n, task.state_dim), np.float32),
+            "actions": np.empty((n, task.action_dim), np.float32),
+            "next_observations": np.empty((n, task.state_dim), np.float32),
+            "rewards": np.empty(n, np.float32),
+            "terminals": np.empty(n, bool),
+        }
         for episode in data.iterate_episodes():
             here = f"{where}, episode {episode.id}"
             rows = slice(start, start + len(episode))
@@ -52,29 +71,34 @@ def read(name: str, task) -> dict[str, np.ndarray]:
             arrays["actions"][rows] = in_box(episode.actions, f"{here}: actions")
             arrays["rewards"][rows] = finite(episode.rewards, f"{here}: rewards")
             arrays["terminals"][rows] = episode.terminations
+            returns.append(arrays["rewards"][rows].sum(dtype=np.float64))
             start = rows.stop
         if start != n or not n:
             raise ValueError(f"it has {start:,} steps and announces {n:,}")
-    except (OSError, ValueError, KeyError, AssertionError) as error:
-        what = f"{where} is damaged, {one_line(error)}"
+    except ERRORS as error:
+        what = f"{where} is damaged, {one_line(error) or type(error).__name__}"
         raise TaskError(f"{what}: delete it and download or make it again") from error
+    log(summary(n, arrays["observations"], arrays["terminals"], np.array(returns)))
     return arrays
 
 
-def _opened(name: str):
+def _opened(name: str, where: str):
     try:
         import minari
     except ImportError as error:
-        what = f"reading Minari's {name} takes the package minari"
+        what = f"reading {where} takes the package minari"
         raise TaskError(f"{what}: pip install -r requirements.txt") from error
+    if "MINARI_DATASETS_PATH" not in os.environ:
+        expanded("~", "set MINARI_DATASETS_PATH to the folder of Minari's data sets")
     try:
         return minari.load_dataset(name)
     except FileNotFoundError:
         what = f"there is no local Minari data set {name!r}{_local(minari)}"
-        get = f"get it with: minari download {name or 'NAME'}"
+        get = f"get it with: minari download {one_line(name) or 'NAME'}"
         raise TaskError(f"{what}; {get}") from None
-    except (OSError, ValueError, KeyError, TypeError, ImportError, AssertionError) as error:
-        raise TaskError(f"Minari's {name} cannot be opened: {one_line(error)}") from error
+    except ERRORS as error:
+        why = one_line(error) or type(error).__name__
+        raise TaskError(f"{where} cannot be opened: {why}") from error
 
 
 def _local(minari) -> str:
@@ -82,9 +106,27 @@ def _local(minari) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about other folders that are not whole data sets
-            return ", only " + (", ".join(minari.list_local_datasets()) or "an empty folder")
-    except (OSError, ValueError, TypeError):  # a folder whose name is not a data set's
+            found = ", ".join(minari.list_local_datasets())
+            return f", only {one_line(found) or 'an empty folder'}"
+    except ERRORS:  # a folder whose name is not a data set's
         return ""
+
+
+def _check_file(data) -> None:
+    """Raises TaskError if Minari's HDF5 file cannot be read: Minari's own errors say less."""
+    path = data.storage.data_path / "main_data.hdf5"
+    if path.exists():  # there is none in its other format
+        with opened(path):
+            pass
+
+
+def _check_environment(data, where: str, task) -> None:
+    """Halfcheetahs and walkers have the same sizes. A data set need not say where it is from."""
+    kind = task.name.split("-")[0]
+    if data.env_spec is not None and kind not in str(data.env_spec.id).lower():
+        made_in = one_line(data.env_spec.id)
+        what = f"{where} was recorded in {made_in}, {task.name} needs a {kind}'s data"
+        raise TaskError(f"{what}: give another data set or another task")
 
 
 def _check_spaces(data, where: str, task) -> None:
@@ -94,7 +136,7 @@ def _check_spaces(data, where: str, task) -> None:
     }
     for what, (space, size) in wanted.items():
         if not isinstance(space, spaces.Box):
-            parts = f" of {', '.join(space)}" if isinstance(space, spaces.Dict) else ""
+            parts = f" of {one_line(', '.join(space))}" if isinstance(space, spaces.Dict) else ""
             has = f"{where} has {what} in a {type(space).__name__} space{parts}"
             needs = f"{task.name} needs {size} numbers"
             raise TaskError(f"{has}, {needs}: they are another task's")

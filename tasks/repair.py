@@ -10,7 +10,6 @@ Two things are wrong in D4RL's antmaze-v0 files:
 """
 
 from collections.abc import Callable
-from pathlib import Path
 
 import h5py
 import numpy as np
@@ -40,13 +39,14 @@ def check_repairable(task, other_source: str = "") -> None:
 
 
 def repaired(
-    file: h5py.File, path: Path, terminals: np.ndarray, cut: np.ndarray, log: Callable[[str], None]
-) -> tuple[np.ndarray, np.ndarray, bool]:
+    file: h5py.File, where: str, terminals: np.ndarray, cut: np.ndarray, log: Callable[[str], None]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
     """Which rows of an antmaze file are transitions, judged by the ant's path.
 
-    terminals and cut, each (N,) bool, are the file's flags. Returns for rows 0 to N-2
+    where names the file in messages. terminals and cut, each (N,) bool, are its flags. Returns
         begins      (N-1,) bool: the row is a transition to the next one
         done        (N-1,) bool: its terminal flag
+        ends        (N,) bool: the row is the last of its trajectory
         relabelled  whether done was recomputed; the rewards are then equal to it
 
     Successors: cut is not used. Row i+1 follows row i unless the torso moves more than MAX_STEP
@@ -64,10 +64,10 @@ def repaired(
     goals = file.get("infos/goal") if isinstance(file.get("infos"), h5py.Group) else None
     usable = isinstance(goals, h5py.Dataset) and goals.dtype.kind == "f"
     if not usable or goals.shape != (len(terminals), 2):
-        lacks = f"{path} has no infos/goal, (N, 2)"
+        lacks = f"{where} has no infos/goal, (N, 2)"
         raise RepairError(f"{lacks}: it cannot be repaired; leave out --repair-data")
-    xy = finite(file["observations"][:, :2], f"{path}: observations")
-    goal = finite(goals[:], f"{path}: infos/goal")
+    xy = finite(file["observations"][:, :2], f"{where}: observations")
+    goal = finite(goals[:], f"{where}: infos/goal")
     follows = (_distance(xy[1:], xy[:-1]) <= MAX_STEP) & (goal[1:] == goal[:-1]).all(axis=1)
     near = _distance(xy[:-1], goal[:-1]) <= GOAL_RADIUS + MAX_STEP
     left = _distance(xy[1:], goal[:-1])  # to go, after the step
@@ -83,13 +83,14 @@ def repaired(
     begins = follows | done
     if marked.any() and not done.any():
         why = "its terminals have no successors and are not at infos/goal"
-        raise RepairError(f"{path} cannot be repaired, {why}; leave out --repair-data")
+        raise RepairError(f"{where} cannot be repaired, {why}; leave out --repair-data")
     rows = f"{np.sum(begins & cut):,} rows taken in spite of their timeouts"
     out = f"{np.sum(~begins & ~cut):,} more left out"
     ends = f"{np.sum(done):,} terminals {how}, where the file has {np.sum(marked):,}"
     log(f"data: repaired: {rows}, {out}; {ends}")
-    return begins, done, relabel
+    return begins, done, np.append(~follows, True), relabel
 
 
 def _distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.linalg.norm(a - b, axis=1)
+    with np.errstate(over="ignore"):  # to infinity, which is far
+        return np.linalg.norm(a - b, axis=1)

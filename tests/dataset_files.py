@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import tasks
-from tasks import datasets
+from tasks import hdf5
 from tasks.task import TaskError
 
 TASK = dataclasses.replace(
@@ -125,7 +125,7 @@ class Walks:
 
     def read(self, tmp_path, repair=True, log=quiet):
         file = write(tmp_path / "walks.hdf5", self.made)
-        return datasets.read_hdf5(file, TASK, repair=repair, log=log)
+        return hdf5.read_hdf5(file, TASK, repair=repair, log=log)
 
 
 def four_walks(lengths=(30, 26, 33, 21), goals=((4, 0), (0, 4), (4, 9), (9, 3))):

@@ -1,4 +1,4 @@
-"""tasks/datasets.py, repair=True: antmaze files without the known defects of D4RL's."""
+"""tasks/repair.py: antmaze files without the known defects of D4RL's."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from dataset_files import (
 )
 
 import tasks
-from tasks import datasets
+from tasks import datasets, hdf5
 
 
 def jumps(read):
@@ -57,11 +57,12 @@ def test_every_row_that_ends_at_its_goal_is_terminal(tmp_path):
     repaired = walks.read(tmp_path, log=said.append)
     assert_same(repaired, walks.expected(walks.follows, walks.reached))
     assert walks.reached.sum() > 3 * len(first)
-    (line,) = said
+    line, summary = said
     follows, cut = walks.follows[:-1], walks.made["timeouts"][:-1]
     assert f"{walks.reached.sum()} terminals by infos/goal, where the file has {len(first)}" in line
     assert f"{np.sum(follows & cut)} rows taken in spite of their timeouts" in line
     assert f"{np.sum(~follows & ~cut)} more left out" in line
+    assert f"of {n} rows, 4 episodes of mean return {walks.reached.sum() / 4:.4g} " in summary
 
 
 def test_a_last_row_at_its_goal_stays_if_the_ant_is_there(tmp_path):
@@ -127,7 +128,7 @@ def test_an_ant_that_walks_as_the_simulated_one_is_not_cut(tmp_path):
     goals = np.repeat(np.arange(n, dtype=np.float32), len(seen))
     made["infos/goal"] = np.stack([goals, goals], axis=1)
     made["terminals"][:] = False
-    read = datasets.read_hdf5(write(tmp_path / "a.hdf5", made), task, repair=True, log=quiet)
+    read = hdf5.read_hdf5(write(tmp_path / "a.hdf5", made), task, repair=True, log=quiet)
     assert len(read["rewards"]) == n * n_steps
 
 

@@ -1,18 +1,22 @@
 """Where data come from: tasks.load's choice of a source, and tasks/fetch.py's downloads."""
 
+import contextlib
 import errno
 import http.server
 import os
+import re
 import socket
 import sys
 import threading
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from dataset_files import TASK, arrays, error_of, quiet, write
 
 import tasks
+from atomic import written_whole
 from tasks import datasets, fetch
 
 FIRST, SECOND = "/offline_rl/ant_maze_new/Ant_maze.hdf5", "/mirror/Ant_maze.hdf5"
@@ -23,10 +27,13 @@ class Server:
     """Answers GET from files: path -> body.
 
     cut: paths that get the right size and half of the body. unsized: paths without a size.
+    size, refusal, moved: other texts for the size, for why a path is not found, and where it went.
+    wait: is called when half of a body is out.
     """
 
     def __init__(self):
         self.files, self.cut, self.unsized, self.asked = {}, set(), set(), []
+        self.size, self.refusal, self.moved, self.wait = None, None, None, lambda: None
         server = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -34,12 +41,17 @@ class Server:
                 server.asked.append(self.path)
                 body = server.files.get(self.path)
                 if body is None:
-                    return self.send_error(404)
-                self.send_response(200)
+                    return self.send_error(404, server.refusal)
+                self.send_response(302 if server.moved else 200)
+                if server.moved:
+                    self.send_header("Location", server.moved)
                 if self.path not in server.unsized:
-                    self.send_header("Content-Length", str(len(body)))
+                    self.send_header("Content-Length", server.size or str(len(body)))
                 self.end_headers()
-                self.wfile.write(body[: len(body) // 2] if self.path in server.cut else body)
+                self.wfile.write(body[: len(body) // 2])
+                server.wait()
+                if self.path not in server.cut:
+                    self.wfile.write(body[len(body) // 2 :])
 
             def log_message(self, *args):
                 pass
@@ -75,6 +87,18 @@ def generator(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "tasks.generate", types.SimpleNamespace(cached=cached))
     return calls
+
+
+@pytest.fixture
+def no_home(monkeypatch):
+    """A user without HOME and without an entry in the system's list of users."""
+
+    def unknown(uid):
+        raise KeyError(uid)
+
+    for name in ("HOME", "D4RL_DATASET_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
 
 
 def load(source, **kwargs):
@@ -249,7 +273,8 @@ def test_an_interrupt_leaves_nothing(d4rl_folder, server, body, generator, monke
     monkeypatch.setattr(fetch, "_blocks", interrupted)
     with pytest.raises(KeyboardInterrupt):
         load("auto")
-    assert seen == [f"Ant_maze.hdf5.part-{os.getpid()}"]
+    (part,) = seen
+    assert re.fullmatch(r"\.Ant_maze\.hdf5\.\w+\.part", part)
     assert files_in(d4rl_folder) == [] and generator == []
 
 
@@ -261,6 +286,56 @@ def test_an_unwritable_folder_is_named_before_any_download(d4rl_folder, server, 
     assert "folder not writable" in load("auto")[0].reason
 
 
+def test_two_downloads_at_once_do_not_meet(d4rl_folder, server, body):
+    """Also of one process number, as in two containers with one folder."""
+    server.files[FIRST] = body
+    server.wait = threading.Barrier(2, timeout=10).wait
+    with ThreadPoolExecutor(2) as two:
+        came = list(two.map(lambda _: fetch.fetch(TASK), range(2)))
+    assert came == [server.url + FIRST] * 2 and files_in(d4rl_folder) == ["Ant_maze.hdf5"]
+    assert (d4rl_folder / "Ant_maze.hdf5").read_bytes() == body
+
+
+@pytest.mark.parametrize("size", ["²", "x", "-1", "9" * 5000])
+def test_a_size_that_is_no_number_is_an_unknown_size(d4rl_folder, server, body, size):
+    server.files[FIRST], server.size = body, size
+    assert fetch.fetch(TASK) == server.url + FIRST
+
+
+@pytest.mark.parametrize(
+    "address", ["http://.a/", "http://[a/", "http://a:b/", "file:///etc/passwd"]
+)
+def test_an_impossible_redirection_is_no_answer(d4rl_folder, server, address):
+    server.files = {FIRST: b"", SECOND: b""}
+    server.moved = address
+    assert f"cannot download Ant_maze.hdf5 ({server.url}" in error_of(fetch.fetch, TASK)
+
+
+def test_a_servers_words_do_not_steer_the_terminal(d4rl_folder, server):
+    server.refusal = "\x1b]0;owned\x07\x1b[31mgone\r\x9b2J"
+    message = error_of(fetch.fetch, TASK)
+    assert message.isprintable() and "HTTP 404 ?]0;owned??[31mgone" in message
+
+
+# ---- Folders -------------------------------------------------------------------------------------
+
+
+def test_without_a_home_a_line_says_which_variable_to_set(no_home, generator):
+    message = error_of(datasets.load, TASK, "d4rl", log=quiet)
+    assert message == (
+        "there is no home directory for ~/.d4rl/datasets: "
+        "set D4RL_DATASET_DIR to a folder for D4RL's files"
+    )
+    assert "set D4RL_DATASET_DIR" in error_of(datasets.load, PEN, log=quiet)
+    assert "give the file's whole path" in error_of(datasets.load, TASK, "~/a.hdf5", log=quiet)
+
+
+def test_without_a_home_auto_goes_on_to_generated_data(no_home, generator):
+    data, said = load("auto")
+    assert data.reason.startswith("no folder for D4RL's file, no home directory, so the data were")
+    assert data.reason in said and generator == [("antmaze-umaze-v0", 0)]
+
+
 @pytest.mark.skipif(not Path("/sys").is_dir(), reason="needs a folder that root cannot write to")
 def test_a_read_only_folder_is_named_before_any_download(server, monkeypatch):
     monkeypatch.setenv("D4RL_DATASET_DIR", "/sys")
@@ -269,11 +344,21 @@ def test_a_read_only_folder_is_named_before_any_download(server, monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_is_an_error_and_leaves_nothing(d4rl_folder, server, body, generator):
+def test_a_full_disk_is_an_error_and_leaves_nothing(
+    d4rl_folder, server, body, generator, monkeypatch
+):
     """In auto too: nothing is generated instead."""
+
+    @contextlib.contextmanager
+    def on_a_full_disk(path):
+        with written_whole(path) as part:
+            part.unlink()
+            part.symlink_to("/dev/full")
+            yield part
+
     server.files[FIRST] = body
-    d4rl_folder.mkdir()
-    (d4rl_folder / f"Ant_maze.hdf5.part-{os.getpid()}").symlink_to("/dev/full")
+    monkeypatch.setattr(fetch, "written_whole", on_a_full_disk)
     message = error_of(load, "auto")
     assert os.strerror(errno.ENOSPC) in message and str(d4rl_folder) in message
+    assert "free some space or set D4RL_DATASET_DIR" in message
     assert files_in(d4rl_folder) == [] and generator == [] and server.asked == [FIRST]

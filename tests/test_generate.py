@@ -1,144 +1,31 @@
-"""Generated antmaze data: the planner, the walker, what files hold, and one seed, one file."""
+"""Generated data as a file: what it holds, and the cache it lies in, shared, broken or missing."""
 
 import dataclasses
+import errno
+import fcntl
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+from dataset_files import quiet
 
 import tasks
 from tasks import antmaze_data, generate as generator
-from tasks.antmaze import GOAL_RADIUS, MAZES, AntBatch, sample_goals
-from tasks.antmaze_data import Planner, Recipe, simulate, statistics
+from tasks.antmaze_data import simulate
+from tasks.datasets import load
 from tasks.generate import cached, generate
 from tasks.task import TaskError
-from tasks.walker import walk
 
 
 def small(name="antmaze-umaze-v0", limit=150):
     """A task with short episodes, so that a test sees many ends of trajectories quickly."""
     return dataclasses.replace(tasks.get(name), episode_limit=limit)
-
-
-def quiet(line):
-    pass
-
-
-@pytest.fixture(scope="module")
-def data():
-    return simulate(small(limit=350), 20 * 350, seed=1, recipe=Recipe())
-
-
-@pytest.mark.parametrize("maze", MAZES)
-def test_next_cells_lead_to_every_target_through_free_cells(maze):
-    planner = Planner(maze)
-    for target in planner.free:
-        for cell in planner.free:
-            steps = 0
-            while cell != target:
-                following = planner.next_cell[target, cell]
-                places = [np.divmod(c, planner.shape[1]) for c in (cell, following)]
-                assert np.abs(np.subtract(*places)).sum() == 1  # a neighbour
-                cell, steps = following, steps + 1
-                assert cell in planner.free and steps < len(planner.free)
-
-
-def test_paths_are_shortest():
-    planner = Planner("umaze")
-    cell, path = planner.number(1, 1), []
-    while cell != planner.goal_cell:
-        cell = planner.next_cell[planner.goal_cell, cell]
-        path.append(tuple(int(i) for i in np.divmod(cell, planner.shape[1])))
-    assert path == [(1, 2), (1, 3), (2, 3), (3, 3), (3, 2), (3, 1)]
-
-
-def test_an_ant_is_in_the_cell_whose_centre_is_nearest():
-    planner = Planner("umaze")
-    where = planner.cell(np.array([[0.0, 0.0], [1.9, -1.9], [2.1, 0.0], [8.0, 5.9], [-50.0, 50.0]]))
-    assert [divmod(int(cell), 5) for cell in where] == [(1, 1), (1, 1), (1, 2), (2, 3), (4, 0)]
-
-
-def test_the_walker_reaches_most_umaze_goals_without_noise():
-    n, rng, planner = 12, np.random.default_rng(0), Planner("umaze")
-    goals, reached = sample_goals("umaze", n, rng), np.zeros(n, bool)
-    with AntBatch("umaze", n) as ants:
-        ants.reset(np.arange(n), rng)
-        for _ in range(300):
-            xy = ants.qpos[:, :2]
-            step = planner.next_cell[planner.goal_cell, planner.cell(xy)]
-            at_goal = (step == planner.goal_cell)[:, None]
-            heading = np.where(at_goal, goals, planner.centers[step]) - xy
-            heading /= np.linalg.norm(heading, axis=1, keepdims=True)
-            actions = walk(ants.qpos, ants.qvel, heading)
-            assert actions.shape == (n, 8) and np.abs(actions).max() <= 1
-            ants.step(actions)
-            reached |= np.linalg.norm(ants.qpos[:, :2] - goals, axis=1) <= GOAL_RADIUS
-    assert reached.mean() >= 0.75
-
-
-def test_the_walker_does_the_same_in_a_rotated_world():
-    rng, n, angle = np.random.default_rng(0), 5, 0.7
-    qpos, qvel, direction = (rng.standard_normal((n, width)) for width in (15, 14, 2))
-    qpos[:, 3:7] /= np.linalg.norm(qpos[:, 3:7], axis=1, keepdims=True)
-    rotation = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-    rotated_qpos, rotated_qvel = qpos.copy(), qvel.copy()
-    c, s = np.cos(angle / 2), np.sin(angle / 2)
-    w, x, y, z = qpos[:, 3:7].T
-    quaternion = (c * w - s * z, c * x - s * y, c * y + s * x, c * z + s * w)
-    rotated_qpos[:, 3:7] = np.stack(quaternion, axis=1)
-    rotated_qvel[:, :2] = qvel[:, :2] @ rotation
-    rotated = walk(rotated_qpos, rotated_qvel, direction @ rotation)
-    np.testing.assert_allclose(rotated, walk(qpos, qvel, direction), atol=1e-12)
-
-
-def test_reward_says_the_next_state_is_at_the_goal(data):
-    inside = ~data["timeouts"][:-1]
-    distance = np.linalg.norm(data["observations"][1:, :2] - data["infos/goal"][:-1], axis=1)
-    paid = data["rewards"][:-1] == 1
-    np.testing.assert_array_equal((distance <= GOAL_RADIUS)[inside], paid[inside])
-    np.testing.assert_array_equal(data["rewards"], data["terminals"])
-
-
-def test_trajectories_are_whole_and_no_longer_than_the_limit(data):
-    ends = np.flatnonzero(data["timeouts"])
-    assert ends[-1] == len(data["timeouts"]) - 1
-    assert np.diff(np.concatenate([[-1], ends])).max() <= 350
-    inside = ~data["timeouts"][:-1]
-    moved = np.linalg.norm(np.diff(data["observations"][:, :2], axis=0), axis=1)
-    assert moved[inside].max() < 1.5  # metres in 0.1 s: nobody jumps within a trajectory
-    assert (np.diff(data["infos/goal"], axis=0) == 0).all(axis=1)[inside].all()
-
-
-def test_trajectories_go_on_after_the_goal_and_leave_it(data):
-    assert (data["terminals"] & ~data["timeouts"]).any()
-    # Few trajectories, so the bounds are wide; hovering ants would make it 0.15.
-    assert 0.003 < data["terminals"].mean() < 0.05
-
-
-def test_umaze_starts_at_the_robots_cell_and_diverse_anywhere(data):
-    def starts(arrays):
-        rows = np.concatenate([[0], np.flatnonzero(arrays["timeouts"])[:-1] + 1])
-        return arrays["observations"][rows, :2]
-
-    assert np.abs(starts(data)).max() <= 0.1
-    task = small("antmaze-umaze-diverse-v0", limit=30)
-    diverse = simulate(task, 40 * 30, seed=0, recipe=Recipe())
-    assert len(np.unique(np.rint(starts(diverse) / 4), axis=0)) >= 5
-
-
-def test_actions_are_within_the_box_and_all_is_finite(data):
-    assert np.abs(data["actions"]).max() <= 1
-    assert np.isfinite(data["observations"]).all()
-
-
-def test_the_same_seed_gives_the_same_data_on_any_threads():
-    one, two, other = (
-        simulate(small(limit=60), 1200, seed, Recipe(), threads)
-        for seed, threads in ((3, 1), (3, 2), (4, 2))
-    )
-    for key in one:
-        np.testing.assert_array_equal(one[key], two[key], err_msg=key)
-    assert (one["observations"] != other["observations"]).any()
 
 
 def test_file_has_d4rls_keys_shapes_and_types(tmp_path):
@@ -159,22 +46,7 @@ def test_file_has_d4rls_keys_shapes_and_types(tmp_path):
         np.testing.assert_array_equal(file["observations"][:, 15:], file["infos/qvel"][:])
         assert file.attrs["seed"] == 5 and file.attrs["transitions"] == 1001
         assert "wander" in file.attrs
-    assert "success" in lines[-1] and "terminal_share" in lines[-1]
-
-
-def test_statistics_of_a_hand_made_data_set():
-    hits = np.array([0, 1, 1, 0, 0, 0, 0, 1], bool)
-    ends = np.array([0, 0, 0, 1, 0, 1, 0, 1], bool)
-    facts = statistics({"rewards": hits.astype(np.float32), "terminals": hits, "timeouts": ends})
-    assert facts == {
-        "transitions": 8,
-        "episodes": 3,
-        "success": 2 / 3,
-        "mean_return": 1.0,
-        "terminal_share": 3 / 8,
-        "mean_length": pytest.approx(8 / 3),
-        "median_steps_to_goal": 2.0,
-    }
+    assert "success" in lines[-1] and "terminal share 0," in lines[-1]
 
 
 @pytest.mark.parametrize("where", ["simulate", "statistics"])
@@ -193,7 +65,19 @@ def test_a_disk_that_fills_up_leaves_nothing_and_says_so(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(generator.os, "replace", full)
-    with pytest.raises(TaskError, match="No space left"):
+    with pytest.raises(TaskError, match="No space left on device.: free some space or set XDG"):
+        generate(small(), tmp_path / "data.hdf5", n_transitions=200, log=quiet)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_at_the_end_is_called_full(tmp_path, monkeypatch):
+    class File(h5py.File):
+        def __exit__(self, *how):
+            super().__exit__(*how)
+            raise RuntimeError("Can't decrement id ref count (..., errno = 28, ...)")
+
+    monkeypatch.setattr(h5py, "File", File)
+    with pytest.raises(TaskError, match="No space left on device.: free some space"):
         generate(small(), tmp_path / "data.hdf5", n_transitions=200, log=quiet)
     assert list(tmp_path.iterdir()) == []
 
@@ -201,7 +85,7 @@ def test_a_disk_that_fills_up_leaves_nothing_and_says_so(tmp_path, monkeypatch):
 def test_an_unusable_folder_is_noticed_before_the_work(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(antmaze_data, "simulate", lambda *_: pytest.fail("simulated first"))
-    with pytest.raises(TaskError, match="cannot write"):
+    with pytest.raises(TaskError, match="cannot write .*: look at the folder or set XDG_CACHE"):
         generate(small(), tmp_path / "file" / "data.hdf5", n_transitions=200)
 
 
@@ -238,3 +122,157 @@ def test_the_cache_is_reused_and_a_broken_file_made_again(tmp_path, monkeypatch)
     assert any("generating it again" in line for line in lines)
     with h5py.File(path) as file:
         assert len(file["rewards"]) == 300
+
+
+def test_figures_are_printed_to_be_read(tmp_path, monkeypatch):
+    facts = {"transitions": 1_000_000, "terminal_share": 0.010690001, "mean_return": 3244.9999}
+    monkeypatch.setattr(antmaze_data, "statistics", lambda data: facts)
+    lines = []
+    generate(small(), tmp_path / "data.hdf5", n_transitions=50, log=lines.append)
+    named = "transitions 1,000,000, terminal share 0.01069, mean return 3,245"
+    assert lines[-1] == f"generated data: {named}"
+
+
+# ---- The cache, shared and broken ----------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "diffusion-ql"
+
+
+def get(log=quiet):
+    return cached(small(), n_transitions=300, seed=2, log=log)
+
+
+def test_the_second_of_two_waits_for_the_firsts_file(cache, monkeypatch):
+    waits, simulated = threading.Event(), []
+
+    def slowly(*how):
+        assert waits.wait(timeout=20)
+        simulated.append(how)
+        return simulate(*how)
+
+    def log(line):
+        lines.append(line)
+        if "another process is generating" in line:
+            waits.set()
+
+    lines = []
+    monkeypatch.setattr(antmaze_data, "simulate", slowly)
+    with ThreadPoolExecutor(2) as two:
+        first, second = two.map(get, [log, log])
+    assert first == second and len(simulated) == 1
+    assert f"another process is generating {first}: waiting for it" in lines
+    assert lines[-1].startswith(f"using {first}, generated earlier")
+
+
+def test_what_a_killed_process_left_is_removed(cache):
+    cache.mkdir()
+    path = get()
+    left, others = (cache / f".{name}.0123abcd.part" for name in (path.name, "other.hdf5"))
+    for part in (left, others):
+        part.write_bytes(b"half")
+    get()
+    assert left.exists()  # nothing was generated, so nobody looked
+    path.unlink()
+    get()
+    assert not left.exists() and others.exists()
+
+
+def test_a_whole_file_is_used_without_the_lock(cache, monkeypatch):
+    """The folder may be read-only."""
+    path = get()
+    monkeypatch.setattr(generator, "lock", lambda path: pytest.fail("locked"))
+    assert get() == path
+
+
+@pytest.mark.parametrize("error", [NotImplementedError, OSError(errno.ENOLCK, "no locks")])
+def test_without_locks_data_are_generated_all_the_same(cache, monkeypatch, error):
+    def refuse(path):
+        raise error
+
+    monkeypatch.setattr(generator, "lock", refuse)
+    assert get().exists()
+
+
+def test_a_locked_file_is_not_generated_again(cache):
+    path = get()
+    whole = path.read_bytes()
+    with open(path, "rb") as holder:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        with pytest.raises(TaskError, match="another process has locked it") as caught:
+            load(small(), "generated", seed=2, n_generated=300, log=quiet)
+    assert "delete" not in str(caught.value) and path.read_bytes() == whole
+    get()
+
+
+def test_a_home_that_may_not_be_entered_names_the_variable(cache, monkeypatch):
+    """As root's, for another user in a container."""
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("tasks.hdf5.os.stat", refuse)
+    with pytest.raises(TaskError, match="no permission: .*, or set XDG_CACHE_HOME to another"):
+        get()
+
+
+@pytest.mark.parametrize("value", [None, "many", [1.0, 2.0], h5py.Empty("f4")])
+def test_a_file_without_its_mean_return_is_made_again(cache, value):
+    path, lines = get(), []
+    with h5py.File(path, "a") as file:
+        del file.attrs["mean_return"]
+        if value is not None:
+            file.attrs["mean_return"] = value
+    get(lines.append)
+    assert "generating it again" in lines[0]
+    with h5py.File(path) as file:
+        assert np.isfinite(file.attrs["mean_return"])
+
+
+def test_a_folder_in_the_files_place_is_an_error(cache):
+    path = get()
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(TaskError, match="is a folder or a device"):
+        get()
+
+
+def test_without_a_home_the_variable_to_set_is_named(monkeypatch):
+    def unknown(uid):
+        raise KeyError(uid)
+
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    with pytest.raises(TaskError, match="no home directory for ~/.cache: set XDG_CACHE_HOME"):
+        get()
+
+
+@pytest.mark.skipif(not Path("/sys").is_dir(), reason="needs a folder that root cannot write to")
+@pytest.mark.parametrize("home", ["/sys", "/dev/null"])
+def test_a_cache_that_cannot_be_written_is_not_called_full(monkeypatch, home):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", home)
+    with pytest.raises(TaskError) as caught:
+        get()
+    message = str(caught.value)
+    assert "look at the folder or set XDG_CACHE_HOME" in message and "space" not in message
+
+
+def test_an_interrupted_process_leaves_no_part(cache):
+    """Ctrl-C, while the physics is at work."""
+    program = (
+        "import tasks; from tasks.generate import cached; "
+        "cached(tasks.get('antmaze-umaze-v0'), log=lambda line: print(line, flush=True))"
+    )
+    root = Path(generator.__file__).parents[1]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": root}
+    with subprocess.Popen([sys.executable, "-c", program], **options) as child:
+        assert "generating 1,000,000 transitions" in child.stdout.readline()
+        (part,) = cache.glob(".*.part")
+        child.send_signal(signal.SIGINT)
+        assert child.stderr.read().rstrip().endswith("KeyboardInterrupt")
+    assert not part.exists()

@@ -1,15 +1,20 @@
 """tasks/minari.py: a local Minari data set as a task's transitions, and what it is refused for."""
 
+import fcntl
+import json
+import re
 import sys
+import types
 import warnings
 
 import h5py
 import numpy as np
 import pytest
 from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
 
 import tasks
-from tasks import datasets
+from tasks import datasets, minari as reader
 from tasks.task import TaskError
 
 minari = pytest.importorskip("minari")
@@ -91,7 +96,7 @@ def test_the_label_says_that_scores_are_not_d4rls():
     create(EPISODES)
     data, lines = load()
     assert (data.source, data.label) == ("minari", f"Minari {NAME} (its scores are not D4RL's)")
-    assert lines == [f"data: {data.reason}"] and NAME in data.reason
+    assert lines[0] == f"data: {data.reason}" and NAME in data.reason
 
 
 def test_a_missing_data_set_is_named_with_its_download():
@@ -188,6 +193,93 @@ def test_a_data_set_without_its_description_cannot_be_opened(folder):
     create(EPISODES)
     (folder / NAME / "data" / "metadata.json").unlink()
     assert f"Minari's {NAME} cannot be opened" in error_of()
+
+
+@pytest.mark.parametrize("key, value", [("total_steps", -1), ("total_steps", "x"), ("env_spec", 3)])
+def test_an_odd_description_is_an_error_in_one_line(folder, key, value):
+    create(EPISODES)
+    describe(folder, **{key: value})
+    assert re.search(r"is damaged, \w|cannot be opened: \w", error_of())
+
+
+def describe(folder, **what):
+    path = folder / NAME / "data" / "metadata.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | what))
+
+
+def recorded_in(environment):
+    return EnvSpec(environment, entry_point="nowhere:Nothing").to_json()
+
+
+@pytest.mark.parametrize("environment", ["Hopper-v5", "hopper-medium-v2", "mine/SlowHopper-v0", ""])
+def test_data_of_the_tasks_body_are_taken(folder, environment):
+    create(EPISODES)
+    if environment:
+        describe(folder, env_spec=recorded_in(environment))
+    assert len(load()[0]) == 17
+
+
+def test_data_of_another_body_of_the_same_sizes_are_refused(folder):
+    """As walkers' for a halfcheetah. Here the names alone differ."""
+    create(EPISODES)
+    describe(folder, env_spec=recorded_in("Walker2d-v5"))
+    message = error_of()
+    assert "was recorded in Walker2d-v5, hopper-medium-v2 needs a hopper's data" in message
+
+
+ENVIRONMENTS = {
+    "halfcheetah-medium-v2": "HalfCheetah-v5",
+    "walker2d-medium-replay-v2": "Walker2d-v5",
+    "pen-human-v1": "AdroitHandPen-v1",
+}
+
+
+@pytest.mark.parametrize("name", ENVIRONMENTS)
+def test_each_body_is_known_by_its_environment(name):
+    for environment in ENVIRONMENTS.values():
+        data = types.SimpleNamespace(env_spec=EnvSpec(environment))
+        if environment == ENVIRONMENTS[name]:
+            reader._check_environment(data, "it", tasks.get(name))
+        else:
+            with pytest.raises(TaskError, match=environment):
+                reader._check_environment(data, "it", tasks.get(name))
+
+
+def test_a_line_sums_up_what_was_read():
+    create(EPISODES)
+    line, returns = load()[1][-1], [episode.rewards.sum() for episode in EPISODES]
+    assert line == (
+        f"data: 17 transitions of 17 rows, 4 episodes of mean return {np.mean(returns):.4g} "
+        f"and best {max(returns):.4g}, 2 terminals"
+    )
+
+
+def test_a_locked_data_set_is_not_called_damaged(folder):
+    create(EPISODES)
+    with open(folder / NAME / "data" / "main_data.hdf5", "rb") as holder:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        message = error_of()
+    assert "another process has locked it" in message and "delete" not in message
+
+
+def test_a_data_set_that_leads_to_other_files_is_refused(folder):
+    def lead(file):
+        del file["episode_1/rewards"]
+        file["episode_1/rewards"] = h5py.ExternalLink("private.hdf5", "/rewards")
+
+    create(EPISODES)
+    edit(folder, lead)
+    assert "episode_1/rewards is stored in another file" in error_of()
+
+
+def test_without_a_home_the_variable_to_set_is_named(monkeypatch):
+    def unknown(uid):
+        raise KeyError(uid)
+
+    for name in ("HOME", "MINARI_DATASETS_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    assert "no home directory for ~: set MINARI_DATASETS_PATH" in error_of()
 
 
 def test_there_is_nothing_to_repair():

@@ -1,4 +1,4 @@
-"""tasks/datasets.py: files are read by D4RL's rules, and bad files are refused in one line."""
+"""tasks/hdf5.py: files are read by D4RL's rules, and bad files are refused in one line."""
 
 import dataclasses
 import tracemalloc
@@ -9,7 +9,7 @@ import pytest
 from dataset_files import TASK, arrays, assert_same, error_of, quiet, read_slowly, write
 
 import tasks
-from tasks import datasets
+from tasks import datasets, hdf5
 
 # ---- Reading -------------------------------------------------------------------------------------
 
@@ -19,7 +19,7 @@ from tasks import datasets
 def test_timeouts_are_cut_as_a_slow_loop_cuts_them(tmp_path, n, seed):
     made = arrays(n, seed)
     made["timeouts"][0] = False
-    assert_same(datasets.read_hdf5(write(tmp_path / "a.hdf5", made), TASK), read_slowly(made, 7))
+    assert_same(hdf5.read_hdf5(write(tmp_path / "a.hdf5", made), TASK), read_slowly(made, 7))
 
 
 @pytest.mark.parametrize("limit", [2, 3, 7, 1000])
@@ -29,7 +29,7 @@ def test_without_timeouts_the_episode_limit_cuts(tmp_path, limit, terminal_rate)
     made = arrays(400, timeouts=False)
     made["terminals"] = np.random.default_rng(limit).random(400) < terminal_rate
     task = dataclasses.replace(TASK, episode_limit=limit)
-    read = datasets.read_hdf5(write(tmp_path / "a.hdf5", made), task)
+    read = hdf5.read_hdf5(write(tmp_path / "a.hdf5", made), task)
     assert_same(read, read_slowly(made, limit))
 
 
@@ -37,8 +37,8 @@ def test_blocks_of_rows_join_without_a_seam(tmp_path, monkeypatch):
     made = arrays(103)
     path = write(tmp_path / "a.hdf5", made)
     for rows in (1, 2, 51, 102, 103, 104):
-        monkeypatch.setattr(datasets, "ROWS", rows)
-        assert_same(datasets.read_hdf5(path, TASK), read_slowly(made, 7))
+        monkeypatch.setattr(hdf5, "ROWS", rows)
+        assert_same(hdf5.read_hdf5(path, TASK), read_slowly(made, 7))
 
 
 def test_other_number_types_and_gzip_read_the_same(tmp_path):
@@ -48,23 +48,23 @@ def test_other_number_types_and_gzip_read_the_same(tmp_path):
         value = value.astype("f8" if value.dtype == np.float32 else "u1")
         stored[key] = value[:, None] if value.ndim == 1 else value
     path = write(tmp_path / "a.hdf5", stored, compression="gzip")
-    assert_same(datasets.read_hdf5(path, TASK), read_slowly(made, 7))
+    assert_same(hdf5.read_hdf5(path, TASK), read_slowly(made, 7))
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 16, 200])
 def test_blocks_of_rows_and_chunks_of_the_file_may_differ(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(datasets, "ROWS", 16)
+    monkeypatch.setattr(hdf5, "ROWS", 16)
     made = arrays(200)
     path = tmp_path / "a.hdf5"
     with h5py.File(path, "w") as file:
         for key, value in made.items():
             chunks = (chunk, 1)[: value.ndim]
             file.create_dataset(key, data=value, chunks=chunks, compression="gzip")
-    assert_same(datasets.read_hdf5(path, TASK), read_slowly(made, 7))
+    assert_same(hdf5.read_hdf5(path, TASK), read_slowly(made, 7))
 
 
 def test_no_chunk_of_the_file_is_read_twice(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "ROWS", 50)
+    monkeypatch.setattr(hdf5, "ROWS", 50)
     path = tmp_path / "a.hdf5"
     made = arrays(100)
     with h5py.File(path, "w") as file:
@@ -77,14 +77,14 @@ def test_no_chunk_of_the_file_is_read_twice(tmp_path, monkeypatch):
         return rows
 
     with h5py.File(path) as file:
-        (taken,) = datasets._taken(file["observations"], path, np.ones(100, bool), check=check)
+        (taken,) = hdf5._taken(file["observations"], path, np.ones(100, bool), check=check)
     assert starts == [(0, 30), (30, 30), (60, 30), (90, 10)]
     np.testing.assert_array_equal(taken, made["observations"])
 
 
 def test_reading_needs_the_result_and_a_few_blocks_of_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "ROWS", 4096)
-    n = 32 * datasets.ROWS
+    monkeypatch.setattr(hdf5, "ROWS", 4096)
+    n = 32 * hdf5.ROWS
     made = {
         "observations": np.zeros((n, 29), np.float32),
         "actions": np.zeros((n, 8), np.float32),
@@ -94,23 +94,58 @@ def test_reading_needs_the_result_and_a_few_blocks_of_memory(tmp_path, monkeypat
     }
     path = write(tmp_path / "a.hdf5", made)
     tracemalloc.start()
-    read = datasets.read_hdf5(path, TASK)
+    read = hdf5.read_hdf5(path, TASK)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     result = sum(value.nbytes for value in read.values())
-    assert peak - result < 6 * datasets.ROWS * 29 * 4
+    assert peak - result < 6 * hdf5.ROWS * 29 * 4
     assert peak < 2 * path.stat().st_size
 
 
-def test_statistics_are_those_of_the_transitions(tmp_path):
-    data = datasets.load(TASK, write(tmp_path / "a.hdf5", arrays()), log=quiet)
-    assert datasets.statistics(data) == {
-        "n": len(data.rewards),
-        "terminal_share": data.terminals.sum() / len(data),
-        "reward_min": data.rewards.min(),
-        "reward_mean": pytest.approx(data.rewards.mean(), abs=1e-6),
-        "reward_max": data.rewards.max(),
-    }
+# ---- What is said about it -----------------------------------------------------------------------
+
+
+def said(tmp_path, made, task=TASK) -> list[str]:
+    lines = []
+    hdf5.read_hdf5(write(tmp_path / "a.hdf5", made), task, log=lines.append)
+    return lines
+
+
+@pytest.mark.parametrize("name", ["hopper-medium-v2", "antmaze-umaze-v0"])
+def test_a_line_sums_up_what_was_read(tmp_path, name):
+    """Terminals end an episode, except in antmazes, where the ant goes on."""
+    task = tasks.get(name)
+    made = arrays(3500, state_dim=task.state_dim, action_dim=task.action_dim)
+    made["rewards"][:] = 1
+    for key, rows in (("terminals", [999]), ("timeouts", [1999, 2499, 3499])):
+        made[key] = np.isin(np.arange(3500), rows)
+    made["observations"][[3, 4, 1700]] = 0
+    made["observations"][1000:1500, 0] = 0
+    (line,) = said(tmp_path, made, task)
+    count, mean, best = (
+        (4, "875", "1,000") if task.family == "locomotion" else (3, "1,167", "2,000")
+    )
+    assert line == (
+        f"data: 3,497 transitions of 3,500 rows, {count} episodes of mean return {mean} "
+        f"and best {best}, 1 terminals, 3 observations of zeros only"
+    )
+
+
+def test_terminals_lost_to_timeouts_are_reported_with_rewards(tmp_path):
+    """As in a file whose timeouts mark every end."""
+    hopper = tasks.get("hopper-medium-v2")
+    made = arrays(40, state_dim=11, action_dim=3)
+    ends = np.arange(40) % 10 == 9
+    made["terminals"], made["timeouts"] = ends & (np.arange(40) != 19), ends
+    made["rewards"] = np.where(made["terminals"], 100, 1).astype(np.float32)
+    lost, line = said(tmp_path, made, hopper)
+    assert "leaves out rows that timed out, and with them 3 of 3 terminals" in lost
+    assert "300 of 337 reward; in a file of yours, clear timeouts on rows where" in lost
+    assert "36 transitions of 40 rows, 4 episodes" in line and "0 terminals" in line
+    made["timeouts"] = ends & ~made["terminals"]
+    (line,) = said(tmp_path, made, hopper)
+    # All but the last row's, which has no next one.
+    assert "38 transitions of 40 rows, 4 episodes" in line and "2 terminals" in line
 
 
 # ---- The files of D4RL's families ----------------------------------------------------------------
@@ -186,7 +221,7 @@ def test_a_file_of_another_size_is_named_as_its_family(tmp_path, name):
     made = arrays(state_dim=other.state_dim, action_dim=other.action_dim)
     message = error_of(datasets.load, task, write(tmp_path / "other.hdf5", made), log=quiet)
     assert f"probably of {other.name.split('-')[0]}:" in message
-    assert name.split("-")[0] in datasets.FAMILIES[task.state_dim, task.action_dim]
+    assert name.split("-")[0] in hdf5.FAMILIES[task.state_dim, task.action_dim]
 
 
 def test_a_file_of_another_task_of_the_same_size_is_refused(tmp_path):
@@ -201,6 +236,9 @@ def test_a_file_of_another_task_of_the_same_size_is_refused(tmp_path):
     assert len(datasets.load(cheetah, generated, log=quiet))  # nothing says whose it is
     with h5py.File(generated, "r+") as file:
         file.attrs["task"] = "walker2d-medium-v2"
+    assert len(datasets.load(cheetah, generated, log=quiet))  # an attribute of the user's own
+    with h5py.File(generated, "r+") as file:
+        file.attrs["recipe_version"] = 3
     message = error_of(datasets.load, cheetah, generated, log=quiet)
     assert "generated for walker2d-medium-v2" in message
 
@@ -261,7 +299,7 @@ BAD_FILES = {
 
 @pytest.mark.parametrize("edit, words", BAD_FILES.values(), ids=BAD_FILES)
 def test_a_bad_file_is_refused_in_a_line_that_says_why(tmp_path, monkeypatch, edit, words):
-    monkeypatch.setattr(datasets, "ROWS", 3)  # so that a row's number is not its place in a block
+    monkeypatch.setattr(hdf5, "ROWS", 3)  # so that a row's number is not its place in a block
     made = arrays()
     edit(made)
     message = error_of(datasets.load, TASK, write(tmp_path / "bad.hdf5", made), log=quiet)
@@ -272,7 +310,7 @@ def test_a_bad_file_is_refused_in_a_line_that_says_why(tmp_path, monkeypatch, ed
 def test_an_action_outside_the_box_by_rounding_is_taken(tmp_path):
     made = arrays()
     made["actions"][3, 5] = 1.0005
-    datasets.read_hdf5(write(tmp_path / "a.hdf5", made), TASK)
+    hdf5.read_hdf5(write(tmp_path / "a.hdf5", made), TASK)
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path):
