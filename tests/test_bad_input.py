@@ -10,6 +10,7 @@ import torch
 from tiny_runs import TINY, records, refused, stopped, train, write_hdf5
 
 import dql
+import tasks
 
 pytestmark = pytest.mark.usefixtures("short_episodes")
 
@@ -42,7 +43,8 @@ def test_an_unknown_choice_lists_the_known_ones(capsys, option, known):
 IMPOSSIBLE = """
     --epochs=0 --updates-per-epoch=0 --eval-every=0 --eval-episodes=0 --batch-size=0
     --n-timesteps=0 --hidden-dim=0 --n-candidates=0 --ema-every=0 --top-k=-1 --threads=-1 --seed=-1
-    --seed=2147483648 --threads=1099511627776 --ema-start=1000000000000000000000000000000
+    --seed=2147483648 --threads=1099511627776 --threads=1025 --decay-epochs=-1
+    --eta=inf --ema-start=1000000000000000000000000000000
     --eta=-0.5 --eta=nan --lr=-0.001 --lr=nan --grad-norm=-1 --discount=1.5 --discount=nan
     --tau=-0.1 --ema-decay=2
 """
@@ -112,6 +114,18 @@ def test_an_export_takes_a_run_and_a_file(capsys, tmp_path, finished):
     assert ".pt2" in refused(capsys, "--export", finished, tmp_path / "policy.onnx")
     assert str(no_run) in refused(capsys, "--export", no_run, file)
     assert not file.exists()
+
+
+@pytest.mark.parametrize("name", ["x.mp4", "x", "nowhere/x.gif", "file/x.gif", "folder.gif"])
+def test_a_film_is_refused_before_the_evaluation(capsys, tmp_path, finished, monkeypatch, name):
+    (tmp_path / "file").touch(), (tmp_path / "folder.gif").mkdir()
+    monkeypatch.setattr(tasks.Task, "evaluate", None)
+    film = tmp_path / name
+    assert str(film) in refused(capsys, "--eval", finished, "--render", film)
+
+
+def test_a_home_that_is_nobody_s_is_named(capsys):
+    assert "~no-such-user/x" in refused(capsys, "--data", "~no-such-user/x.hdf5")
 
 
 def test_filming_without_a_run_to_film_is_refused(capsys, data):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from tiny_runs import ENV, files_of, refused, stopped, write_hdf5
 
@@ -27,6 +28,99 @@ NO_CONFIGS = ["", "{", "[]", "{}", '{"config": {"no_such_field": 1}}', '{"config
 def test_a_config_that_cannot_be_read_is_named(capsys, run, option, content):
     (run / "config.json").write_text(content)
     assert "config.json" in refused(capsys, option, run)
+
+
+WRONG = {
+    "epochs": ["4", None, [4], 4.0, True, float("inf"), 0],
+    "seed": [1.5, -1],
+    "batch_size": ["256"],
+    "eta": [None, float("nan"), float("inf")],
+    "schedule": ["other", 3],
+    "env": [["antmaze-umaze-v0"]],
+    "quick": [1],
+    "no_such_option": [0],
+}
+
+
+@pytest.mark.parametrize("name, value", [(k, v) for k, values in WRONG.items() for v in values])
+def test_an_option_of_another_type_is_named(capsys, run, name, value):
+    config = json.loads((run / "config.json").read_text())
+    config["config"][name] = value
+    (run / "config.json").write_text(json.dumps(config))
+    for option in ("--resume", "--eval"):
+        message = refused(capsys, option, run)
+        assert name.replace("_", "-") in message.replace("_", "-")
+
+
+@pytest.mark.parametrize("part", ["config", "data", "versions", "crc32"])
+@pytest.mark.parametrize("option", ["--resume", "--eval"])
+def test_a_config_that_lacks_a_part_is_refused(capsys, run, option, part):
+    config = json.loads((run / "config.json").read_text())
+    config.pop(part, None), config.get("data", {}).pop(part, None)
+    (run / "config.json").write_text(json.dumps(config))
+    assert "config.json" in refused(capsys, option, run)
+
+
+@pytest.mark.parametrize("name", ["config.json", "selection.json"])
+def test_deeply_nested_files_are_refused(capsys, run, name):
+    (run / name).write_text("[" * 100_000)
+    assert name in refused(capsys, "--eval" if name == "selection.json" else "--resume", run)
+
+
+@pytest.mark.parametrize("content", ["", "[" * 100_000])
+def test_a_log_that_has_lost_epochs_is_refused(capsys, run, content):
+    (run / "log.jsonl").write_text(content)
+    assert "has 0 of the 4 epochs" in refused(capsys, "--resume", run)
+
+
+STEPS = [-5, 25, 1 << 60]
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_step_that_the_run_does_not_have_is_refused(capsys, run, step):
+    path = run / "resume.safetensors"
+    save_file(load_file(path) | {"step": torch.tensor(step)}, path)
+    assert "which a run of 20 does not have" in refused(capsys, "--resume", run)
+
+
+def test_a_generator_of_another_kind_is_refused(capsys, run):
+    path = run / "resume.safetensors"
+    save_file(load_file(path) | {"generator": torch.zeros(5056)}, path)
+    assert str(path) in refused(capsys, "--resume", run)
+
+
+def test_a_selection_cannot_lead_out_of_its_folder(run, tmp_path, no_pictures):
+    """The checkpoint is that of the step, whatever its path says."""
+    selection = json.loads((run / "selection.json").read_text())
+    selection["last"]["checkpoint"] = "../../other.safetensors"
+    (run / "selection.json").write_text(json.dumps(selection))
+    assert dql.main(["--eval", str(run), "--episodes", "1"]) == 0
+
+
+SELECTIONS = [[], {}, {"last": 3}, {"last": {"step": "../x", "score": 1.0, "data": "D"}}]
+
+
+@pytest.mark.parametrize("content", SELECTIONS)
+def test_a_selection_of_another_kind_is_refused(capsys, run, content):
+    (run / "selection.json").write_text(json.dumps(content))
+    assert "selection.json does not say which" in refused(capsys, "--eval", run)
+
+
+RECORDS = ["3", "[]", "{}", '{"kind": "epoch"}', '{"kind": "evaluation", "step": 5}']
+RECORDS += ['{"kind": "epoch", "step": 5, "bc_loss": NaN}', '{"kind": "epoch", "step": "5"}']
+
+
+@pytest.mark.parametrize("record", RECORDS)
+def test_a_record_of_another_kind_is_named_by_its_line(capsys, run, record):
+    path = run / "log.jsonl"
+    first, *others = path.read_text().splitlines()
+    path.write_text("\n".join([first, record, *others]) + "\n")
+    assert f"line 2 of {path}" in refused(capsys, "--resume", run)
+
+
+def test_a_folder_in_a_leftover_file_s_place_is_named(capsys, run):
+    (run / ".resume.safetensors.12345678.part").mkdir()
+    assert str(run) in refused(capsys, "--resume", run)
 
 
 @pytest.mark.parametrize("content", ["", "{"])

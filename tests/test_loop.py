@@ -14,6 +14,7 @@ from tiny_runs import (
     ENV,
     assert_same_run,
     assert_same_tensors,
+    assert_tensorboard_holds_the_log,
     by_seed,
     call,
     config_of,
@@ -93,13 +94,25 @@ def test_every_task_trains_and_is_evaluated_and_scored(
 
 
 def test_tensorboard_holds_the_logged_numbers(tmp_path, data, no_pictures):
+    run = train(data, tmp_path / "runs")
+    assert len(records(run)) == 6
+    assert_tensorboard_holds_the_log(run)
+
+
+def test_tensorboard_has_losses_early_and_the_pictures(tmp_path, data, monkeypatch):
+    """After LOG_EVERY updates, not after an epoch of a thousand; also of a run that is resumed."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    monkeypatch.setattr(loop, "LOG_EVERY", 3)
     run = train(data, tmp_path / "runs")
-    events = EventAccumulator(str(run)).Reload()
-    for kind, name in (("epoch", "bc_loss"), ("epoch", "critic_loss"), ("evaluation", "score")):
-        logged = [(r["step"], pytest.approx(r[name], rel=1e-6)) for r in records(run, kind)]
-        assert [(e.step, e.value) for e in events.Scalars(f"{kind}/{name}")] == logged, name
+    first = records(run, "first")
+    assert [r["step"] for r in first] == [3]
+    for _ in range(2):
+        assert_tensorboard_holds_the_log(run)
+        events = EventAccumulator(str(run)).Reload()
+        assert [e.step for e in events.Scalars("epoch/bc_loss")] == [3, 5, 10, 15, 20]
+        assert [e.step for e in events.Images("episodes")] == [10, 20]
+        assert dql.main(["--resume", str(run)]) == 0
 
 
 def test_generated_data_are_called_so_beside_every_score(

@@ -93,6 +93,12 @@ def test_any_field_can_be_set_over_any_recipe(quick):
     assert parsed([*env, "--seeds", "3", "1"]) == dataclasses.replace(recipe, seeds=(3, 1))
 
 
+def test_the_last_of_quick_and_no_quick_counts():
+    paper, quick = parsed(["--env", "antmaze-umaze-v0"]), parsed(["--quick"])
+    assert parsed(["--quick", "--no-quick"]) == paper != quick
+    assert parsed(["--no-quick", "--quick"]) == quick
+
+
 def comments():
     """Options' fields and what is said of each."""
     found, said, sources = {}, [], ""

@@ -40,6 +40,11 @@ def test_released_checkpoints_act_as_the_released_code_does(oracle, tmp_path, sc
     assert torch.equal(vector(agent.policy_ema), before)
 
 
+def save_flat_critic(folder):
+    path = folder / "critic_3.pth"
+    torch.save({name: value.flatten() for name, value in torch.load(path).items()}, path)
+
+
 class Code:
     def __reduce__(self):
         return (Path.touch, (Path("was_run"),))
@@ -67,6 +72,8 @@ def test_files_that_are_not_the_authors_are_refused(oracle, tmp_path, monkeypatc
         "another network: .*extra": lambda: save(**{"model.extra": two}),
         "another network: .*size mismatch": lambda: save(**{"model.mid_layer.2.bias": two}),
         "none of the schedules": lambda: save(betas=torch.full((5,), 0.3)),
+        "have another shape": lambda: save(betas=torch.tensor(0.3)),
+        "weights have another shape": lambda: save_flat_critic(tmp_path),
         "no state_dict of tensors": lambda: torch.save([1, 2], actor),
         "'betas' is missing": lambda: torch.save({"weight": two}, actor),
         "cannot be read as tensors alone .*nothing in it was run": lambda: torch.save(code, actor),

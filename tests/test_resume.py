@@ -18,6 +18,7 @@ from tiny_runs import (
     ENV,
     assert_same_run,
     assert_same_tensors,
+    assert_tensorboard_holds_the_log,
     by_seed,
     call,
     config_of,
@@ -330,6 +331,7 @@ def test_a_killed_run_continues_bit_for_bit(tmp_path, finished, moment):
     for file in [run / "resume.safetensors", *(run / "checkpoints").glob("*.safetensors")]:
         folder.load_tensors(file)  # what has its final name is whole
     resume_and_compare(tmp_path / "runs", finished)
+    assert_tensorboard_holds_the_log(run)
 
 
 # ---- Several seeds -------------------------------------------------------------------------------

@@ -134,6 +134,23 @@ def config_of(run) -> dict:
     return json.loads((run / "config.json").read_text())["config"]
 
 
+def assert_tensorboard_holds_the_log(run):
+    """Every number of every record, at its update, and nothing else."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    found, logged = {}, {}
+    for tag in events.Tags()["scalars"]:
+        found[tag] = [(e.step, pytest.approx(e.value, rel=1e-6)) for e in events.Scalars(tag)]
+    for line in (run / "log.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        kind, step = record.pop("kind").replace("first", "epoch"), record.pop("step")
+        for name, value in record.items():
+            if isinstance(value, float):
+                logged.setdefault(f"{kind}/{name}", []).append((step, value))
+    assert logged == found
+
+
 def data_of(run) -> str:
     """The path of its data."""
     return config_of(run)["data"]

@@ -22,6 +22,7 @@ from trainer.setup import choose_device, make_agent
 from trainer.terminal import command, decoration, progress, say
 
 LOG_EVERY = 100  # updates between looks at a GPU's losses: the only times the host waits for it
+FIRST_GOALS = 5_000  # updates of the quick recipe: experiments/results/learning_curves.json
 SAVE_SECONDS = 30  # a run killed at any moment loses little more than this
 
 
@@ -134,6 +135,10 @@ class Training:
                 what = f"checkpoint {path} is of update {agent.step:,}"
                 raise RunError(f"{what}, which a run of {self.total:,} does not have")
             run.rewind_log(agent.step)
+            epochs = agent.step // self.each[i].updates_per_epoch
+            if (n := sum(r["kind"] == "epoch" for r in run.records)) != epochs:
+                what = f"{run.path / 'log.jsonl'} has {n} of the {epochs} epochs that were trained"
+                raise RunError(f"{what}: restore it, or begin a new run")
 
     def _say_what_differs(self) -> None:
         """A line if rounding may differ from here on."""
@@ -310,6 +315,10 @@ def evaluate_and_record(options: Options, agent, act, task, label, run, whose: s
     save_tensors(run.checkpoint(step), weights, {"step": step, "score": score, "data": label})
     n = f"{len(episodes.returns)} episodes in {seconds:.0f} s"
     say(f"{whose}update {step:,}: score {score:.1f} ({label}), {n}")
+    if score == 0 and task.family == "antmaze" and step < FIRST_GOALS:
+        say(
+            f"in a maze that is usual: the first goals are reached after some {FIRST_GOALS:,} updates"
+        )
     with decoration("the picture of the episodes"):
         title = f"{options.env}, update {step:,}: score {score:.1f}\n{label}"
         task.draw(episodes, run.picture(step), title)

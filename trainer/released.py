@@ -26,13 +26,15 @@ def load_released_checkpoint(directory, id=None, *, max_action=1.0, **how) -> Di
         betas, first = actor["betas"], actor["model.mid_layer.0.weight"]
         action_dim = len(actor["model.final_layer.bias"])
         inputs = critic["q1_model.0.weight"].shape[1]
+        n_timesteps, hidden_dim = len(betas), len(first)
     except KeyError as e:
-        folder = files["actor"].parent
-        raise ValueError(
-            f"{folder} holds no networks of the authors' code: {e} is missing"
-        ) from None
-    how |= {"n_timesteps": len(betas), "schedule": _schedule(betas, files["actor"])}
-    how |= {"hidden_dim": len(first), "max_action": max_action}
+        what = f"{files['actor'].parent} holds no networks of the authors' code"
+        raise ValueError(f"{what}: {e} is missing") from None
+    except (IndexError, TypeError):  # a vector where a matrix should be, or a number
+        what = f"{files['actor'].parent} holds no networks of the authors' code"
+        raise ValueError(f"{what}: betas or weights have another shape") from None
+    how |= {"n_timesteps": n_timesteps, "schedule": _schedule(betas, files["actor"])}
+    how |= {"hidden_dim": hidden_dim, "max_action": max_action}
     agent = DiffusionQL(inputs - action_dim, action_dim, **how)
     model = {k.removeprefix("model."): v for k, v in actor.items() if k.startswith("model.")}
     for module, state, path in (

@@ -11,8 +11,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from tqdm import tqdm
-
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS_A_LINE = 30  # between a bar's lines where there is no terminal, as in a log file
 
@@ -61,6 +59,8 @@ def steady_output() -> Iterator[SteadyStream]:
 
 def say(line: str) -> None:
     """Print a line at once, above any progress bar."""
+    from tqdm import tqdm
+
     tqdm.write(line)
 
 
@@ -78,8 +78,10 @@ class _Lines:
         self._stream.flush()
 
 
-def progress(**how) -> tqdm:
-    """tqdm(**how) on a terminal; elsewhere a line every SECONDS_A_LINE."""
+def progress(**how):
+    """A tqdm(**how) on a terminal; elsewhere it prints a line every SECONDS_A_LINE."""
+    from tqdm import tqdm
+
     if sys.stderr.isatty():
         return tqdm(file=sys.stderr, dynamic_ncols=True, **how)
     rarely = {"mininterval": SECONDS_A_LINE, "delay": SECONDS_A_LINE, "ncols": 80}
