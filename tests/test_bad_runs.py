@@ -83,6 +83,13 @@ def test_a_step_that_the_run_does_not_have_is_refused(capsys, run, step):
     assert "which a run of 20 does not have" in refused(capsys, "--resume", run)
 
 
+@pytest.mark.parametrize("about", ["[]", "{", '{"sums": 3}', '{"sums": {"bc_loss": "1"}}'])
+def test_sums_that_cannot_be_are_refused(capsys, run, about):
+    path = run / "resume.safetensors"
+    save_file(load_file(path), path, {"json": about})
+    assert str(path) in refused(capsys, "--resume", run)
+
+
 def test_a_generator_of_another_kind_is_refused(capsys, run):
     path = run / "resume.safetensors"
     save_file(load_file(path) | {"generator": torch.zeros(5056)}, path)

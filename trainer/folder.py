@@ -61,10 +61,13 @@ def load_tensors(path: Path) -> tuple[dict, dict]:
     try:
         with safe_open(path, framework="pt") as f:
             tensors = {k: f.get_tensor(k) for k in f.keys()}
-            return tensors, json.loads((f.metadata() or {}).get("json", "{}"))
+            about = json.loads((f.metadata() or {}).get("json", "{}"))
+            if type(about) is not dict:
+                raise ValueError("its metadata is no object")
+            return tensors, about
     except FileNotFoundError:
         raise RunError(f"there is no checkpoint {path}") from None
-    except (SafetensorError, OSError, ValueError) as e:
+    except (SafetensorError, OSError, ValueError, RecursionError) as e:
         raise RunError(f"checkpoint {path} is broken ({e}); take another run or checkpoint") from e
 
 

@@ -51,7 +51,8 @@ def train(options: Options) -> list[RunFolder]:
             if runs:
                 training.resume(runs)
             else:
-                training.begin(runs)
+                with interrupts.held():
+                    training.begin(runs)
                 for run in runs:
                     claims.enter_context(run.claimed())
             training.run()
@@ -130,9 +131,10 @@ class Training:
     def _restore(self) -> None:
         for i, (run, agent) in enumerate(zip(self.runs, self.agents)):
             path = run.path / "resume.safetensors"
-            self.sums[i] = restore(agent, path).get("sums", {})
-            if not 0 <= agent.step <= self.total:
-                what = f"checkpoint {path} is of update {agent.step:,}"
+            self.sums[i] = sums = restore(agent, path).get("sums", {})
+            numbers = type(sums) is dict and all(type(v) is float for v in sums.values())
+            if not 0 <= agent.step <= self.total or not numbers:
+                what = f"checkpoint {path} is of update {agent.step:,} and sums {sums!r:.40}"
                 raise RunError(f"{what}, which a run of {self.total:,} does not have")
             run.rewind_log(agent.step)
             epochs = agent.step // self.each[i].updates_per_epoch
