@@ -22,14 +22,10 @@ Where the paper and the authors' code differ, the code is followed: it made the 
 
 import copy
 import math
-import os
 import random
 import sys
 from dataclasses import dataclass
 from typing import NamedTuple
-
-if __name__ == "__main__":  # before torch is loaded: threads that wait longer slow a busy machine
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import torch
@@ -341,6 +337,7 @@ class DiffusionQL:
         self.step += 1
 
     def policy_average_is_due(self) -> bool:
+        """Whether the averaged policy moves in the update to come."""
         return self.step >= self.config.ema_start and self.step % self.config.ema_every == 0
 
     def draw_noise(self, batch_size: int) -> UpdateNoise:
@@ -448,6 +445,9 @@ def adam(module: nn.Module, lr: float) -> torch.optim.Adam:
         zeros = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
         optimizer.state[p] = {"step": torch.tensor(0.0), **zeros}
     return optimizer
+
+
+# ---- Data, and many updates ----------------------------------------------------------------------
 
 
 class Transitions:

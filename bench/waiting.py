@@ -5,10 +5,10 @@
 
 Two threads that share an operation meet at its end. The faster one spins, so as to go on at once,
 and after a while sleeps. By default it spins for long, which on a core that another process needs
-is time lost for both. `python dql.py` lets it spin 10,000 times (GOMP_SPINCOUNT, read when torch is
-loaded). Here updates of kernels/eager.py are timed in processes of their own, in turns, with each
-way to wait and with one thread, beside 0, 2 and 4 processes that never rest. Written to
-runs/bench/waiting.json.
+is time lost for both; if it sleeps at once (passive), each operation waits for a thread to wake. So
+a run takes one thread where that is faster when it begins (trainer/backends.choose_threads). Here
+updates of kernels/eager.py are timed in processes of their own, in turns, with each way to wait and
+with one thread, beside 0, 2 and 4 processes that never rest. Written to runs/bench/waiting.json.
 """
 
 import argparse

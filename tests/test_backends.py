@@ -4,6 +4,7 @@ On a CPU the fused kernels run in Triton's interpreter.
 """
 
 import math
+import time
 
 import numpy as np
 import pytest
@@ -222,6 +223,47 @@ def test_an_unavailable_backend_is_refused_with_the_reason(tmp_path, data, capsy
     assert unavailable("fused", "no CUDA GPU") in message("fused")
     monkeypatch.setattr(eager.shutil, "which", lambda name: None)
     assert unavailable("compile", "it needs a C++ compiler") in message("compile")
+
+
+# ---- Threads -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("slow, chosen", [(2, 1), (1, 2)])
+def test_updates_take_the_faster_number_of_threads(
+    two_threads, data, monkeypatch, capsys, slow, chosen
+):
+    """The state is what it was, and one thread is said."""
+    whole, seen = DiffusionQL.update, []
+
+    def update(agent, *how):
+        seen.append(torch.get_num_threads())
+        time.sleep(0.3 * (seen[-1] == slow))
+        return whole(agent, *how)
+
+    monkeypatch.setattr(DiffusionQL, "update", update)
+    agent = dql.DiffusionQL(29, 8, hidden_dim=16, n_timesteps=1)
+    before = agent.state_dict()
+    backends.choose_threads(Options(batch_size=8), [agent], transitions_of(data))
+    assert torch.get_num_threads() == chosen and {1, 2} <= set(seen) and len(seen) < 18
+    assert all(torch.equal(v, before[k]) for k, v in agent.state_dict().items())
+    assert ("updates take one CPU thread" in capsys.readouterr().out) == (chosen == 1)
+
+
+@pytest.mark.parametrize("how, found", [({"threads": 3}, 2), ({"made_with": 1}, 1)])
+def test_a_number_of_threads_that_is_given_is_not_timed(two_threads, monkeypatch, how, found):
+    """By the user, or by a run that is resumed: the same number gives the same bits."""
+    monkeypatch.setattr(DiffusionQL, "update", None)
+    options = Options(threads=how.pop("threads", 0))
+    backends.choose_threads(options, [DiffusionQL(3, 2, hidden_dim=16)], None, **how)
+    assert torch.get_num_threads() == found
 
 
 @pytest.mark.skipif(not eager.has_compiler(), reason="there is no C++ compiler")

@@ -3,6 +3,8 @@
 Each is tried on one batch against plain torch before it is trusted.
 """
 
+import time
+
 import torch
 
 from dql import Batch, Updates
@@ -11,7 +13,48 @@ from trainer.options import Options, UserError
 from trainer.terminal import first_line, say
 
 WORTH_COMPILING = 20_000  # updates: compiling takes a minute or two of a run of at least ten
+TIMED_UPDATES = 8  # with each number of threads
+HOPELESS = 3.0  # times slower: not looked at any longer
 TOLERANCE = 0.05  # relative; fp16's rounding is a thousandth
+
+
+def choose_threads(options: Options, agents: list, transitions, made_with: int = 0) -> None:
+    """How many threads torch uses on a CPU: options.threads, or as many as a run was made with, or
+    all or one, whichever updates faster now. The agents' state is unchanged.
+
+    Threads that share an operation wait for each other's end. Beside other work one of them is
+    always late, and an update takes many times as long as with one thread (bench/waiting.py).
+    """
+    most = torch.get_num_threads()
+    if options.threads or most == 1 or agents[0].device.type != "cpu":
+        return
+    if 0 < made_with <= most:  # the same number gives the same bits
+        torch.set_num_threads(made_with)
+        return
+    agent = agents[0]
+    eager.speed_up(agent)
+    before, seconds = agent.state_dict(), {1: 0.0, most: 0.0}
+    batch, noise = _one_batch(options, agent, transitions)
+    agent.update(batch, noise)  # the first one also makes what is made once
+    for _ in range(TIMED_UPDATES):
+        for n in seconds:
+            torch.set_num_threads(n)
+            started = time.perf_counter()
+            agent.update(batch, noise)
+            seconds[n] += time.perf_counter() - started
+        if seconds[most] > HOPELESS * seconds[1]:
+            break
+    agent.load_state_dict(before)
+    torch.set_num_threads(min(seconds, key=seconds.get))
+    if torch.get_num_threads() == 1:
+        times = f"{seconds[most] / seconds[1]:.1f} times as long with {most}"
+        say(f"updates take one CPU thread: they take {times}, as beside other work (--threads N)")
+
+
+def _one_batch(options: Options, agent, transitions) -> tuple:
+    rows = torch.arange(options.batch_size, device=agent.device) % len(transitions)
+    batch = Batch(*(column[rows] for column in transitions.columns))
+    return batch, agent.draw_noise(options.batch_size)
 
 
 def choose_updates(options: Options, agents: list, transitions):
@@ -84,9 +127,7 @@ def _try(agents: list, step, transitions, options: Options) -> None:
     ValueError. Afterwards the agents are what they were, also where it fails."""
     agent = agents[0]
     before = [a.state_dict() for a in agents]
-    rows = torch.arange(options.batch_size, device=agent.device) % len(transitions)
-    batch = Batch(*(column[rows] for column in transitions.columns))
-    noise = agent.draw_noise(options.batch_size)
+    batch, noise = _one_batch(options, agent, transitions)
     try:
         expected = type(agent).update(agent, batch, noise)
         agent.load_state_dict(before[0])

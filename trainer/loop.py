@@ -11,7 +11,7 @@ import torch
 
 import tasks
 from trainer import interrupts
-from trainer.backends import choose_acting, choose_updates
+from trainer.backends import choose_acting, choose_threads, choose_updates
 from trainer.data import load_transitions
 from trainer.evaluation import evaluate, standard_error
 from trainer.folder import RunError, RunFolder, restore, save_tensors
@@ -47,7 +47,7 @@ def train(options: Options) -> list[RunFolder]:
                 log=say,
             )
             transitions = load_transitions(options, dataset, device)
-            training = Training(each, task, dataset, transitions, device)
+            training = Training(each, task, dataset, transitions, device, _threads(runs))
             if runs:
                 training.resume(runs)
             else:
@@ -72,14 +72,21 @@ def _source(options: Options, runs: list[RunFolder]) -> str:
     return options.data
 
 
+def _threads(runs: list[RunFolder]) -> int:
+    threads = runs[0].config()["versions"].get("threads") if runs else None
+    return threads if type(threads) is int else 0
+
+
 class Training:
     """Runs that learn side by side from the same data, and differ in their seeds."""
 
-    def __init__(self, each: list[Options], task, dataset, transitions, device):
+    def __init__(self, each: list[Options], task, dataset, transitions, device, made_with=0):
+        """made_with: how many threads the runs were made with that will be resumed."""
         self.each, self.task, self.dataset = each, task, dataset
         self.transitions, self.device, self.label = transitions, device, dataset.label
         options, self.runs = each[0], []
         self.agents = [make_agent(o, task, device) for o in each]
+        choose_threads(options, self.agents, transitions, made_with)
         self.acting = choose_acting(options, self.agents)
         self.updates = choose_updates(options, self.agents, transitions)
         self.total = options.epochs * options.updates_per_epoch
@@ -120,7 +127,8 @@ class Training:
         step = max(agent.step for agent in self.agents)
         behind = [i for i, agent in enumerate(self.agents) if agent.step < step]
         for i in behind:
-            alone = Training([self.each[i]], self.task, self.dataset, self.transitions, self.device)
+            data = self.dataset, self.transitions
+            alone = Training([self.each[i]], self.task, *data, self.device, torch.get_num_threads())
             alone.runs = [runs[i]]
             alone._restore()
             alone.run(until=step)

@@ -56,7 +56,7 @@ class Task:
 class Machine:
     # auto: cuda when there is one; or cpu, cuda, cuda:1, ...
     device: str = "auto"
-    # CPU threads for torch and MuJoCo; 0: all cores
+    # CPU threads for torch and MuJoCo; 0: all cores, and for updates one where that is faster
     threads: int = 0
     # eager; compile (torch.compile, on a GPU in a CUDA graph); graph (CUDA graph); fused (kernels);
     # auto: on a GPU the first that works of fused, graph, eager; on a CPU compile for a run of
