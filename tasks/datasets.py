@@ -93,7 +93,7 @@ def _file(task, path: Path, repair: bool, log) -> Dataset:
         raise TaskError(f"{what}; give another file or another task")
     reason = f"the file {one_line(path)}, asked for by its path"
     log(f"data: {reason}")
-    arrays = read_hdf5(path, task, repair=repair, log=log)
+    arrays = read_hdf5(path, task, repair=repair, own=True, log=log)
     label = f"file {one_line(path.name)} (task {task.name}){REPAIRED[repair]}"
     return Dataset(task.name, "file", label, reason, **arrays)
 

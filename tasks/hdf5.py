@@ -104,7 +104,12 @@ def _refuse_other_files(file: h5py.File, where: str) -> None:
 
 
 def read_hdf5(
-    path: str | os.PathLike, task, *, repair: bool = False, log: Callable[[str], None] = print
+    path: str | os.PathLike,
+    task,
+    *,
+    repair: bool = False,
+    own: bool = False,
+    log: Callable[[str], None] = print,
 ) -> dict[str, np.ndarray]:
     """The arrays of a `Dataset` from a file of N rows in D4RL's layout.
 
@@ -121,7 +126,8 @@ def read_hdf5(
     float32 and bool (bench/loading.py).
 
     repair=True, for antmaze files, goes by what the ant did instead of the flags (tasks/repair.py);
-    what that changed goes to log, as does a summary of what was read. Raises TaskError: RepairError
+    what that changed goes to log, as does a summary of what was read and, of a user's own file,
+    what its timeouts take away. Raises TaskError: RepairError
     for a file that is sound but cannot be repaired, AccessError for one that may be sound but
     cannot be read.
     """
@@ -144,7 +150,7 @@ def read_hdf5(
             # An antmaze's trajectory goes on after it has reached its goal.
             goes_on = task.family == "antmaze" and cut.any()
             begins, done, ends = ~cut[:-1], terminals[:-1], cut if goes_on else cut | terminals
-            lines += _lost(terminals, cut, rewards)
+            lines += _lost(terminals, cut, rewards) if own else []
         if not begins.any():
             raise TaskError(f"{where} has no transitions, all {n} rows are cut off: use another")
         starts = np.append(0, np.flatnonzero(ends[:-1]) + 1)
@@ -191,7 +197,7 @@ def _lost(terminals: np.ndarray, cut: np.ndarray, rewards: np.ndarray) -> list[s
     reward, total = (readable(float(part.sum())) for part in (rewards[lost], rewards))
     what = f"{lost.sum():,} of {terminals.sum():,} terminals and {reward} of {total} reward"
     why = f"data: D4RL's rule leaves out rows that timed out, and with them {what}"
-    return [f"{why}; in a file of yours, clear timeouts on rows where the episode really ended"]
+    return [f"{why}; clear timeouts on rows where the episode really ended"]
 
 
 def _taken(

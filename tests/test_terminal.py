@@ -128,7 +128,6 @@ def test_a_short_bar_leaves_no_line_in_a_file(monkeypatch):
 def test_the_bar_says_what_matters_within_80_columns(tmp_path, data, monkeypatch):
     shown = Terminal()
     monkeypatch.setattr(sys, "stderr", shown)
-    monkeypatch.setenv("COLUMNS", "80")
     train(data, tmp_path / "runs")
     states = [s.strip("\n") for s in shown.getvalue().split("\r")]
     last = [s for s in states if s.startswith("ql 100%")][-1]

@@ -82,10 +82,15 @@ def progress(**how):
     """A tqdm(**how) on a terminal; elsewhere it prints a line every SECONDS_A_LINE."""
     from tqdm import tqdm
 
-    if sys.stderr.isatty():
-        return tqdm(file=sys.stderr, dynamic_ncols=True, **how)
-    rarely = {"mininterval": SECONDS_A_LINE, "delay": SECONDS_A_LINE, "ncols": 80}
-    return tqdm(file=_Lines(sys.stderr), **rarely, **how)
+    if not sys.stderr.isatty():
+        rarely = {"mininterval": SECONDS_A_LINE, "delay": SECONDS_A_LINE, "ncols": 80}
+        return tqdm(file=_Lines(sys.stderr), **rarely, **how)
+    columns = 0
+    with contextlib.suppress(OSError, ValueError):
+        columns = os.get_terminal_size(sys.stderr.fileno()).columns
+    # Some terminals, as those that `script` makes, have no size: nothing would be shown.
+    width = {"dynamic_ncols": True} if columns else {"ncols": 80, "nrows": 24}
+    return tqdm(file=sys.stderr, **width, **how)
 
 
 def command(*words) -> str:
