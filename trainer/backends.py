@@ -47,8 +47,8 @@ def choose_threads(options: Options, agents: list, transitions, made_with: int =
     agent.load_state_dict(before)
     torch.set_num_threads(min(seconds, key=seconds.get))
     if torch.get_num_threads() == 1:
-        times = f"{seconds[most] / seconds[1]:.1f} times as long with {most}"
-        say(f"updates take one CPU thread: they take {times}, as beside other work (--threads N)")
+        times = f"with {most} they take {seconds[most] / seconds[1]:.1f} times as long"
+        say(f"updates take one CPU thread: {times}, as beside other work; --threads {most} insists")
 
 
 def _one_batch(options: Options, agent, transitions) -> tuple:
