@@ -5,7 +5,7 @@ for functions to be replaced by interpreted ones. The kernel's launch has replac
 function's first call what was left, so later calls find none. And each sum, difference and product
 of 32-bit integers is made again in 64 bits for an assertion that the interpreter leaves out.
 
-Triton 3.6's also gets 3.8's way to make a loop's bound of a tensor: its own fails from numpy 2.4 on.
+Triton 3.6's also gets 3.8's way to make a loop's bound of a tensor: its own fails from numpy 2.4.
 """
 
 from dataclasses import replace

@@ -73,8 +73,8 @@ OVERRIDES = {
     "device": "cpu", "threads": 1, "epochs": 3, "updates_per_epoch": 10, "eval_every": 2,
     "eval_episodes": 5, "batch_size": 32, "n_timesteps": 10, "schedule": "cosine",
     "hidden_dim": 64, "eta": 0.25, "reward_tune": "normalize", "lr": 1e-4, "critic_lr": 2e-4,
-    "lr_decay": "released", "decay_epochs": 2, "grad_norm": 0.5, "discount": 0.9, "tau": 0.1, "ema_decay": 0.9,
-    "ema_start": 0, "ema_every": 1, "n_candidates": 3, "top_k": 0, "which": "best", "episodes": 4,
+    "lr_decay": "released", "decay_epochs": 2, "grad_norm": 0.5, "discount": 0.9, "tau": 0.1,
+    "ema_decay": 0.9, "ema_start": 0, "ema_every": 1, "n_candidates": 3, "top_k": 0, "which": "best", "episodes": 4,
     "backend": "eager", "precision": "tf32", "matmul_precision": "high",
 }  # fmt: skip
 

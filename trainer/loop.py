@@ -326,9 +326,7 @@ def evaluate_and_record(options: Options, agent, act, task, label, run, whose: s
     n = f"{len(episodes.returns)} episodes in {seconds:.0f} s"
     say(f"{whose}update {step:,}: score {score:.1f} ({label}), {n}")
     if score == 0 and task.family == "antmaze" and step < FIRST_GOALS:
-        say(
-            f"in a maze that is usual: the first goals are reached after some {FIRST_GOALS:,} updates"
-        )
+        say(f"which is usual in a maze: first goals are reached after some {FIRST_GOALS:,} updates")
     with decoration("the picture of the episodes"):
         title = f"{options.env}, update {step:,}: score {score:.1f}\n{label}"
         task.draw(episodes, run.picture(step), title)
