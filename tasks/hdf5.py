@@ -142,6 +142,9 @@ def read_hdf5(
             cut = _column(file["timeouts"], where).astype(bool)
         else:
             cut = limit_cuts(terminals, task.episode_limit)
+            if own:
+                every = f"episodes are cut after {task.episode_limit} steps"
+                lines.append(f"data: no timeouts in the file: {every}; mark where others end")
         relabelled = False
         if repair:
             begins, done, ends, relabelled = repaired(file, where, terminals, cut, lines.append)
@@ -196,7 +199,7 @@ def _lost(terminals: np.ndarray, cut: np.ndarray, rewards: np.ndarray) -> list[s
         return []
     reward, total = (readable(float(part.sum())) for part in (rewards[lost], rewards))
     what = f"{lost.sum():,} of {terminals.sum():,} terminals and {reward} of {total} reward"
-    why = f"data: D4RL's rule leaves out rows that timed out, and with them {what}"
+    why = f"data: warning: D4RL's rule leaves out rows that timed out, and with them {what}"
     return [f"{why}; clear timeouts on rows where the episode really ended"]
 
 

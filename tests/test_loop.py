@@ -70,7 +70,8 @@ def test_a_run_leaves_everything_a_reader_looks_for(tmp_path, data, capsys):
 
     lines = printed.splitlines()
     assert all(label in line for line in lines if "score" in line)
-    summary = lines[lines.index(f"normalised scores, {label}:") + 1 :]
+    *summary, hint = lines[lines.index(f"normalised scores, {label}:") + 1 :]
+    assert hint.endswith(f"--eval {run}")
     assert [line.split()[0] for line in summary] == ["last", "best", "offline", "offline_released"]
 
 

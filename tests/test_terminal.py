@@ -190,3 +190,10 @@ def test_a_run_that_may_only_be_read_is_evaluated(tmp_path, monkeypatch, capsys)
 
 def no_disk(path):
     raise OSError(errno.EROFS, "Read-only file system")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+def test_help_that_cannot_be_written_is_an_error():
+    with open("/dev/full", "w") as full:
+        shown = python("dql.py", "--help", cwd=ROOT, stdout=full, stderr=subprocess.PIPE)
+    assert shown.returncode == 1 and b"could not be written" in shown.stderr

@@ -47,8 +47,8 @@ def choose_threads(options: Options, agents: list, transitions, made_with: int =
     agent.load_state_dict(before)
     torch.set_num_threads(min(seconds, key=seconds.get))
     if torch.get_num_threads() == 1:
-        times = f"with {most} they take {seconds[most] / seconds[1]:.1f} times as long"
-        say(f"updates take one CPU thread: {times}, as beside other work; --threads {most} insists")
+        slower = f"{seconds[most] / seconds[1]:.1f} times slower with {most}"
+        say(f"other work keeps the cores busy: updates take one thread, they are {slower} now")
 
 
 def _one_batch(options: Options, agent, transitions) -> tuple:
@@ -96,6 +96,7 @@ def make_updates(backend: str, options: Options, agents: list, transitions):
 def _compile(agents: list, transitions, options: Options) -> None:
     if agents[0].device.type != "cuda" and not eager.has_compiler():
         raise ValueError("it needs a C++ compiler, and there is none: install g++")
+    say("compiling the update: a minute or two")
     for agent in agents:
         eager.compile_update(agent)
     try:

@@ -14,13 +14,20 @@ def main(argv: list[str] | None = None) -> int:
     """-> the exit status: 0; 1 for bad input, named in one line; 130 for Ctrl-C, 143 for SIGTERM,
     which save first"""
     with interrupts.as_exceptions(), steady_output() as output:
-        status = _status(sys.argv[1:] if argv is None else argv)
-        lost = output.error
-        if lost and lost.errno != errno.EPIPE:  # as of `| head`, which has seen enough
-            reason = lost.strerror or lost
-            print(f"error: what was said could not be written: {reason}", file=sys.stderr)
-            status = status or 1
-    return status
+        try:
+            return _status(sys.argv[1:] if argv is None else argv) or _lost(output.error)
+        except SystemExit:  # --help
+            if _lost(output.error):
+                return 1
+            raise
+
+
+def _lost(error: OSError | None) -> int:
+    """1, after a line, if what was said could not be written."""
+    if error is None or error.errno == errno.EPIPE:  # as of `| head`, which has seen enough
+        return 0
+    print(f"error: what was said could not be written: {error.strerror or error}", file=sys.stderr)
+    return 1
 
 
 def _status(argv: list[str]) -> int:

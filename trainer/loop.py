@@ -38,7 +38,8 @@ def train(options: Options) -> list[RunFolder]:
         try:
             if not runs:
                 RunFolder.require_writable(options.out)
-            dataset = tasks.load(
+            dataset = _load(
+                runs,
                 task,
                 _source(options, runs),
                 seed=0,  # every seed of a run learns from the same data
@@ -62,7 +63,15 @@ def train(options: Options) -> list[RunFolder]:
             say(f"\ninterrupted; {hint}")
             raise
         training.print_scores()
+        say(f"evaluate it again, or film it, with: {command('--eval', runs[0].path)}")
     return runs
+
+
+def _load(runs: list[RunFolder], *which, **how):
+    try:
+        return tasks.load(*which, **how)
+    except tasks.TaskError as e:
+        raise tasks.TaskError(f"{e}; if the run's data have moved: --data" if runs else e) from e
 
 
 def _source(options: Options, runs: list[RunFolder]) -> str:
@@ -110,6 +119,8 @@ class Training:
             place = f"{Path(options.out)}, a folder for each of seeds {seeds}"
         what = f"{options.algo} on {self.label}, {len(self.dataset):,} transitions, {self.device}"
         say(f"{what}; everything goes to {place}")
+        if self.device.type == "cpu" and self.total >= 100_000:
+            say(f"{self.total:,} updates take hours on a CPU; --quick takes 15,000")
 
     def resume(self, runs: list[RunFolder]) -> None:
         """Restore runs; those that are behind, as after a kill between two saves, catch up."""

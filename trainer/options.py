@@ -219,7 +219,9 @@ def _longer(options: Options, before: Options) -> Options:
     if options.epochs == before.epochs or options.lr_decay == "none":
         return options
     period = before.decay_epochs or before.epochs
-    print(f"its rates decay over {period} epochs as before: longer runs decay more slowly")
+    what = f"its rates decay over {period} epochs as before"
+    after = ", to 0: later epochs learn nothing, a new run would" * (options.lr_decay == "cosine")
+    print(f"{what}{after}")
     return replace(options, decay_epochs=period)
 
 
