@@ -103,7 +103,8 @@ def _fetch_one(url: str, part: Path, name: str) -> None:
         raise _NoAnswer(_reason(error)) from error
     length = response.headers.get("Content-Length", "")
     total = int(length) if re.fullmatch("[0-9]{1,18}", length) else None
-    bar = tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=name, leave=False)
+    how = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, "leave": False}
+    bar = tqdm(total=total, desc=name, disable=None, **how)  # None: only on a terminal
     with response, bar, open(part, "wb") as file:
         for block in _blocks(response, total):
             file.write(block)
