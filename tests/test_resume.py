@@ -151,7 +151,7 @@ def test_a_signal_before_a_run_begins_leaves_nothing(tmp_path, monkeypatch, data
     load = on_call(1, tasks.load, terminate)
     monkeypatch.setattr(tasks, "load", lambda *args, **how: load(*args, **how))
     assert call(data, tmp_path / "runs") == 143
-    assert "nothing was begun" in capsys.readouterr().out
+    assert "no run was begun" in capsys.readouterr().out
     assert not (tmp_path / "runs").exists()
 
 

@@ -313,8 +313,10 @@ class RunFolder:
         # From 0, so that the noise of one evaluation does not fill the picture.
         low, high = min([0.0, *scores]) - 5, max([10.0, *scores]) + 10
         top.set(ylabel="normalised score", ylim=(low, high))
-        bottom.plot([r["step"] for r in epochs], [r["bc_loss"] for r in epochs], color="tab:orange")
-        bottom.set(ylabel="BC loss", xlabel="updates", xlim=(0, None), ylim=(0, None))
+        losses = [r["bc_loss"] for r in epochs]
+        bottom.plot([r["step"] for r in epochs], losses, color="tab:orange")
+        limits = {"xlim": (0, None), "ylim": (0, 1.1 * max(losses, default=1.0))}
+        bottom.set(ylabel="BC loss", xlabel="updates", **limits)
         for axes in (top, bottom):
             axes.grid(alpha=0.3)
         with saved(self.path / "curve.png") as temporary:

@@ -59,7 +59,7 @@ def train(options: Options) -> list[RunFolder]:
             training.run()
         except KeyboardInterrupt:
             paths = [run.path for run in runs]
-            hint = f"go on with: {command('--resume', *paths)}" if paths else "nothing was begun"
+            hint = f"go on with: {command('--resume', *paths)}" if paths else "no run was begun"
             say(f"\ninterrupted; {hint}")
             raise
         training.print_scores()
