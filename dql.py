@@ -447,9 +447,6 @@ def adam(module: nn.Module, lr: float) -> torch.optim.Adam:
     return optimizer
 
 
-# ---- Data, and many updates ----------------------------------------------------------------------
-
-
 class Transitions:
     """A data set on the device, sampled uniformly with replacement."""
 
@@ -459,6 +456,9 @@ class Transitions:
         S, A, like = np.shape(state)[-1], np.shape(action)[-1], torch.empty(0, device=device)
         x = Batch.of((state, action, next_state, reward, terminal), S, A, like)
         self.columns = [c.contiguous() for c in (*x[:4], 1 - x[4])]
+        for name, c in zip(Batch._fields, self.columns):
+            if not c.isfinite().all():
+                raise ValueError(f"{name} holds NaN or infinity: leave those rows out")
 
     def __len__(self):
         return len(self.columns[0])

@@ -71,6 +71,15 @@ def test_columns_that_do_not_fit_are_refused_with_shapes(change):
     assert all(str(np.shape(value)) in message for value in change.values() if np.ndim(value) > 1)
 
 
+@pytest.mark.parametrize("name", ["state", "action", "next_state", "reward", "terminal"])
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_data_that_are_not_finite_are_refused(name, value):
+    column = np.array(arrays()[name], float)
+    column[7] = value
+    with pytest.raises(ValueError, match="holds NaN or infinity"):
+        Transitions(**arrays(**{name: column}))
+
+
 def batch(**changed):
     found = arrays(**changed)
     return [*list(found.values())[:4], 1 - np.asarray(found["terminal"], np.float32)]
