@@ -464,7 +464,7 @@ class Transitions:
         return len(self.columns[0])
 
     def sample(self, batch_size, generator) -> Batch:
-        device = generator.device
+        device = self.columns[0].device
         index = torch.randint(len(self), (batch_size,), generator=generator, device=device)
         return Batch(*(column.index_select(0, index) for column in self.columns))
 

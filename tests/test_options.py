@@ -103,7 +103,7 @@ def comments():
     """Options' fields and what is said of each."""
     found, said, sources = {}, [], ""
     for module, begin, end in (
-        (options, "class Task:", "GROUPS ="),
+        (options, "class TaskOptions:", "GROUPS ="),
         (dql, "class Config:", "class Recipe"),
     ):
         sources += Path(module.__file__).read_text().split(begin)[1].split(end)[0]

@@ -29,7 +29,7 @@ MOST_THREADS = 1024  # thousands more cannot be made, and torch crashes
 
 
 @dataclass(frozen=True)
-class Task:
+class TaskOptions:
     # D4RL task name; an unknown one lists the nearest
     env: str = "antmaze-umaze-v0"
     # ql: Diffusion-QL; bc: behaviour cloning with the same diffusion policy
@@ -53,7 +53,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Machine:
+class MachineOptions:
     # auto: cuda when there is one; or cpu, cuda, cuda:1, ...
     device: str = "auto"
     # CPU threads for torch and MuJoCo; 0: all cores, and for updates one where that is faster
@@ -69,7 +69,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingOptions:
     # of updates_per_epoch updates each
     epochs: int = 1000
     # the paper calls 1000 gradient steps an epoch
@@ -95,7 +95,7 @@ class Training:
 
 
 @dataclass(frozen=True)
-class FinishedRun:
+class FinishedRunOptions:
     # folder of an interrupted run to continue, bit for bit; or of several that differ in seeds; a
     # larger --epochs makes it longer, --data and --device say where its data and it are now
     resume: tuple[str, ...] = ()
@@ -112,17 +112,17 @@ class FinishedRun:
 
 
 @dataclass(frozen=True)
-class Agent(dql.Config):
+class AgentOptions(dql.Config):
     # noise schedule
     schedule: Literal["vp", "linear", "cosine"] = "vp"
 
 
 GROUPS = {
-    "task": Task,
-    "training": Training,
-    "agent": Agent,
-    "machine": Machine,
-    "finished_run": FinishedRun,
+    "task": TaskOptions,
+    "training": TrainingOptions,
+    "agent": AgentOptions,
+    "machine": MachineOptions,
+    "finished_run": FinishedRunOptions,
 }
 
 
